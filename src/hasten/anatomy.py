@@ -1,0 +1,58 @@
+"""anatomy.py says what a family IS: its stages of blocks, their streams, where its signals lie.
+
+Data only. Hosts say how each of these is reached in their own modules; the engine counts blocks
+through all stages with one index, so block 19 of FLUX.1 is its first single block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of equal blocks: `double` works on two streams, `single` on their concatenation."""
+
+    name: str
+    streams: tuple[str, ...]
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The host-neutral view of one transformer: a family's name and its stages in the order they run."""
+
+    family: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are through all stages."""
+        return sum(stage.blocks for stage in self.stages)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name. Raises KeyError when the family has none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def first_of(self, name: str) -> int:
+        """The index of the stage's first block, counted through all stages."""
+        before = 0
+        for stage in self.stages:
+            if stage.name == name:
+                return before
+            before += stage.blocks
+        raise KeyError(name)
+
+
+def flux(double: int = 19, single: int = 38) -> Anatomy:
+    """FLUX.1's anatomy: double blocks on text and image apart, then single blocks on both joined.
+
+    Source: black-forest-labs/flux, model.py (dev and schnell: 19 and 38 blocks).
+    """
+    return Anatomy(
+        "flux",
+        (Stage("double", ("image", "text"), double), Stage("single", ("joint",), single)),
+    )

@@ -1,0 +1,371 @@
+"""diffusers.py ties the engine to diffusers: a pipeline's calls become runs, its transformer's blocks get gates.
+
+A run is seen by wrapping the scheduler *instance* while the `with` lasts. Gates take the place of
+`Module.__call__` on the instances (torch's own slot for a compiled call), so they stand outside everything that
+hangs on `forward`: regional compile, offload hooks, layer-wise casting. All of it is put back in the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten.anatomy import Anatomy, flux
+from hasten.gate import Gate, gate_model
+from hasten.plan import make_plan
+from hasten.recipe import Recipe
+from hasten.report import Report
+from hasten.session import Call, Session
+
+RecipeLike = Recipe | str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class FluxStreams:
+    """diffusers' double and single blocks alike take and give text and image apart, (B, L, C) and (B, N, C)."""
+
+    text: Tensor
+    image: Tensor
+    block: nn.Module
+    temb: Tensor
+
+    def modulated(self) -> Tensor:
+        """The image tokens after the first double block's norm, scale and shift, (B, N, C)."""
+        normed: Tensor = self.block.norm1(self.image, emb=self.temb)[0]  # type: ignore[operator]
+        return normed
+
+
+class Slot:
+    """One module's `__call__`, taken over while a handle lives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._before = module._compiled_call_impl
+        self._gated: Callable[..., Any] | None = None
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the module would do without us: its compiled call when it has one."""
+        return (self._before or self.module._call_impl)(*args, **kwargs)
+
+    def take(self, gated: Callable[..., Any]) -> None:
+        """Puts `gated` in the way of every call of the module."""
+        self._gated = gated
+        self.module._compiled_call_impl = gated
+
+    def retake(self) -> None:
+        """Goes around whatever was put in our place since (a module compiled while the handle lives)."""
+        if self.module._compiled_call_impl is not self._gated:
+            self._before = self.module._compiled_call_impl
+            self.module._compiled_call_impl = self._gated
+
+    def give_back(self) -> None:
+        """Leaves the module as it was, or as it was compiled since."""
+        if self.module._compiled_call_impl is self._gated:
+            if self._before is None:
+                del self.module.__dict__["_compiled_call_impl"]
+            else:
+                self.module._compiled_call_impl = self._before
+
+
+class Handle:
+    """A recipe applied to one transformer. Reuse happens only inside a run; `remove` puts everything back."""
+
+    def __init__(self, transformer: nn.Module, recipe: Recipe) -> None:
+        self.transformer = _unwrapped(transformer)
+        self.recipe = recipe
+        self.plan = make_plan(recipe, anatomy_of(self.transformer))
+        self._finished: list[Report] = []
+        self._session: Session | None = None
+        self._awaited: Callable[[], Session] | None = None
+        self._sigma: Callable[[], float | None] = lambda: None
+        self._call: Call | None = None
+        self._outside: Report | None = None
+        self._slots: list[Slot] = []
+        if hasattr(self.transformer._compiled_call_impl, "hasten_handle"):
+            raise ValueError(
+                "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
+                "or remove the first handle, before applying another recipe."
+            )
+        self._hang()
+
+    @property
+    def reports(self) -> list[Report]:
+        """One report for each run so far, the one under way included once it evaluated something."""
+        if self._session is not None and self._session.report.evaluations:
+            return [*self._finished, self._session.report.read_times()]
+        return list(self._finished)
+
+    @property
+    def report(self) -> Report | None:
+        """The last run's report; before any run, why nothing was reused when the model was called."""
+        reports = self.reports
+        return reports[-1] if reports else self._outside
+
+    @contextmanager
+    def run(self, sigmas: Sequence[float] | Tensor) -> Iterator[Handle]:
+        """Calls of the transformer inside belong to one sampling run along `sigmas`, the final one included.
+
+        Position is read from the model's timestep argument, which costs a synchronisation when that lies on a GPU.
+        Raises ValueError when the sigmas do not fall.
+        """
+        self.end()
+        self._session = Session(self.recipe, self.plan, [float(s) for s in sigmas])
+        self._begun()
+        try:
+            yield self
+        finally:
+            self.end()
+
+    def remove(self) -> None:
+        """Ends a run that is under way and leaves the transformer as it was. Calling it again does nothing."""
+        self.end()
+        for slot in reversed(self._slots):
+            slot.give_back()
+        self._slots.clear()
+
+    def await_run(self, sigmas: Callable[[], list[float]], sigma: Callable[[], float | None]) -> None:
+        """Ends the run under way; the next call begins one along `sigmas()`, at `sigma()` where that is known."""
+        self.end()
+        self._awaited = lambda: Session(self.recipe, self.plan, sigmas())
+        self._sigma = sigma
+
+    def move_on(self) -> None:
+        """The sampler made a step: the next call is a new evaluation."""
+        if self._session is not None:
+            self._session.move_on()
+
+    def end(self) -> None:
+        """Ends the run under way, if any, drops its tensors and keeps its report."""
+        session, self._session, self._awaited, self._call = self._session, None, None, None
+        self._sigma = lambda: None
+        if session is not None:
+            report = session.close()
+            if report.evaluations:
+                self._finished.append(report)
+
+    def _hang(self) -> None:
+        slot = Slot(self.transformer)
+        self._slots.append(slot)
+        gated = self._gated_model(slot)
+        gated.hasten_handle = self  # type: ignore[attr-defined]
+        slot.take(gated)
+        if not self.plan.seams and not self.plan.skip:
+            return
+        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]  # type: ignore[misc]
+        for index, block in enumerate(blocks):
+            slot = Slot(block)
+            self._slots.append(slot)
+            slot.take(self._gated_block(slot, Gate(index)))
+
+    def _begun(self) -> None:
+        for slot in self._slots:
+            slot.retake()
+
+    def _gated_model(self, slot: Slot) -> Callable[..., Any]:
+        signature = inspect.signature(self.transformer.forward)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._awaited is not None:
+                awaited, self._awaited = self._awaited, None
+                self._session = awaited()
+                self._begun()
+            session = self._session
+            if session is None:
+                self._note_outside()
+                return slot.inner(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            x, timestep = given["hidden_states"], given["timestep"]
+            known = self._sigma()
+            self._call = call = session.enter(
+                [session.identity(given.get("encoder_hidden_states"))],
+                x,
+                sigma=float(timestep.flatten()[0]) if known is None else known,
+                rounded_in=timestep.dtype if known is None else torch.float32,
+            )
+            try:
+                if self.plan.whole_model:
+                    out = self._whole(
+                        call, x, lambda: slot.inner(*args, **kwargs), given.get("return_dict", True)
+                    )
+                else:
+                    out = slot.inner(*args, **kwargs)
+            finally:
+                self._call = None
+            session.leave(call)
+            return out
+
+        return forward
+
+    def _whole(self, call: Call, x: Tensor, run: Callable[[], Any], return_dict: bool) -> Any:
+        """The model as one span. Fill and control models take more channels in than they give out."""
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        channels = self.transformer.config.out_channels or self.transformer.config.in_channels  # type: ignore[union-attr]
+        sample = gate_model(call, x[..., :channels], lambda: _sample(run()))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _gated_block(self, slot: Slot, gate: Gate) -> Callable[..., Any]:
+        block = slot.module
+        names = list(inspect.signature(block.forward).parameters)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = self._call
+            if call is None:
+                return slot.inner(*args, **kwargs)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            streams = FluxStreams(
+                given["encoder_hidden_states"], given["hidden_states"], block, given["temb"]
+            )
+
+            def run() -> FluxStreams:
+                text, image = slot.inner(*args, **kwargs)
+                return replace(streams, text=text, image=image)
+
+            after = gate(call, streams, run, lambda image: replace(streams, image=image))
+            return after.text, after.image
+
+        return forward
+
+    def _note_outside(self) -> None:
+        if self._outside is None:
+            self._outside = Report(recipe=self.recipe.to_dict(), intervals=0)
+            self._outside.note(
+                "called outside a run, everything was computed: use `with handle.run(sigmas):`"
+            )
+
+
+class Accelerated:
+    """A pipeline whose calls are runs, while the `with` lasts."""
+
+    def __init__(self, pipe: Any, recipe: Recipe) -> None:
+        for name in ("transformer", "scheduler"):
+            if getattr(pipe, name, None) is None:
+                raise ValueError(
+                    f"{type(pipe).__name__} has no {name}: a FLUX pipeline of diffusers is expected."
+                )
+        # Says now what is wrong with the recipe, not in the middle of a picture.
+        make_plan(recipe, anatomy_of(_unwrapped(pipe.transformer)))
+        self.pipe, self.recipe = pipe, recipe
+        self._handle: Handle | None = None
+        self._scheduler: Any = None
+
+    @property
+    def reports(self) -> list[Report]:
+        """One report for each pipeline call, the one under way included."""
+        return [] if self._handle is None else self._handle.reports
+
+    @property
+    def report(self) -> Report | None:
+        """The last call's report; None before the first."""
+        return None if self._handle is None else self._handle.report
+
+    def __enter__(self) -> Accelerated:
+        self._handle = Handle(self.pipe.transformer, self.recipe)
+        self._watch(self.pipe.scheduler, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name in ("set_timesteps", "step"):
+            self._scheduler.__dict__.pop(name, None)
+        assert self._handle is not None
+        self._handle.remove()
+
+    def _watch(self, scheduler: Any, handle: Handle) -> None:
+        """Sees runs begin and steps end on this scheduler instance; its class is left alone."""
+        self._scheduler = scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        schedule: list[float] = []
+
+        def sigmas() -> list[float]:
+            # Read when the first call comes: img2img says where it begins only after it set its timesteps.
+            schedule[:] = _scheduler_sigmas(scheduler)
+            return schedule[_position(scheduler) or 0 :]
+
+        def sigma() -> float | None:
+            position = _position(scheduler)
+            return None if position is None or position >= len(schedule) else schedule[position]
+
+        @functools.wraps(set_timesteps)
+        def begins(*args: Any, **kwargs: Any) -> Any:
+            handle.end()
+            out = set_timesteps(*args, **kwargs)
+            handle.await_run(sigmas, sigma)
+            return out
+
+        @functools.wraps(step)
+        def steps(*args: Any, **kwargs: Any) -> Any:
+            out = step(*args, **kwargs)
+            handle.move_on()
+            if (_position(scheduler) or 0) >= len(scheduler.timesteps):
+                handle.end()  # what was remembered makes room for the decoder
+            return out
+
+        scheduler.set_timesteps, scheduler.step = begins, steps
+
+
+def accelerate(pipe: Any, recipe: RecipeLike = "balanced") -> Accelerated:
+    """A context in which `pipe`'s calls follow `recipe`; its `.report` and `.reports` say what happened.
+
+    pipe: any FLUX pipeline of diffusers (text-to-image, img2img, inpaint, fill, Kontext, control, ControlNet).
+    recipe: a shipped name, a file, a dict, a Recipe, or "none". Raises ValueError in one sentence when the pipeline
+    is no FLUX or the recipe does not fit it.
+    """
+    return Accelerated(pipe, Recipe.load(recipe))
+
+
+def apply(transformer: nn.Module, recipe: RecipeLike = "balanced") -> Handle:
+    """Applies `recipe` to a bare transformer; reuse happens only inside `with handle.run(sigmas)`.
+
+    Raises ValueError when the model is no FLUX, is accelerated already, or lacks blocks that the recipe names.
+    """
+    return Handle(transformer, Recipe.load(recipe))
+
+
+def anatomy_of(transformer: nn.Module) -> Anatomy:
+    """The anatomy of a diffusers FLUX transformer. Raises ValueError for any other model."""
+    from diffusers import FluxTransformer2DModel
+
+    if not isinstance(transformer, FluxTransformer2DModel):
+        raise ValueError(
+            f"{type(transformer).__name__} is not a model that hasten knows: a FluxTransformer2DModel is expected."
+        )
+    return flux(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks))
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def _sample(out: Any) -> Tensor:
+    sample: Tensor = out[0] if isinstance(out, tuple) else out.sample
+    return sample
+
+
+def _scheduler_sigmas(scheduler: Any) -> list[float]:
+    """The schedule of a run, the final sigma included; one read of the device at the run's beginning."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        train_steps = scheduler.config.num_train_timesteps
+        return [*(t / train_steps for t in scheduler.timesteps.tolist()), 0.0]
+    return [float(s) for s in sigmas.tolist()]
+
+
+def _position(scheduler: Any) -> int | None:
+    """Where in its sigmas the scheduler stands, or None while it cannot be known."""
+    position = getattr(scheduler, "step_index", None)
+    if position is None:
+        position = getattr(scheduler, "begin_index", None)
+    return None if position is None else int(position)

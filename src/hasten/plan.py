@@ -1,0 +1,90 @@
+"""plan.py works out what a recipe means for one anatomy: which blocks are skipped, measured, stood in for.
+
+It knows indices, never tensors. A *span* is the run of blocks that a remembered delta replaces; its *seam*
+is the block before which the decision falls. The seam's input is what the stand-in is added to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from hasten.anatomy import Anatomy
+from hasten.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where gates act.
+
+    seams: blocks before which an evaluation may turn to reuse, in the order they run.
+    end: the last block of every span. skip: blocks that are never run.
+    signal: what is measured at a seam: "none", "output", "residual", "modulated" or "model".
+    entries: for each seam, the block whose input its residual is measured from.
+    whole_model: the span is the model itself, embedders and final layer included (EasyCache).
+    """
+
+    seams: tuple[int, ...]
+    end: int
+    skip: frozenset[int]
+    signal: str
+    entries: dict[int, int]
+    whole_model: bool = False
+
+    @cached_property
+    def entries_from(self) -> frozenset[int]:
+        """Blocks whose input is kept because a seam's residual is measured from there."""
+        return frozenset(self.entries.values())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no gate has anything to do."""
+        return not self.seams and not self.skip and not self.whole_model
+
+
+def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
+    """The plan of `recipe` for `anatomy`. Raises ValueError when it names blocks that the model lacks."""
+    skip = _skipped(recipe, anatomy)
+    method = recipe.cache.method
+    end = anatomy.blocks - 1
+    if method == "none":
+        return Plan((), end, skip, "none", {})
+    if method == "easycache":
+        return Plan((), end, skip, "model", {}, whole_model=True)
+    if method in ("fbcache", "mbcache"):
+        return _after_blocks(recipe, anatomy, skip)
+    signal = "modulated" if method == "teacache" else "none"
+    return Plan((0,), end, skip, signal, {})
+
+
+def _after_blocks(recipe: Recipe, anatomy: Anatomy, skip: frozenset[int]) -> Plan:
+    """Spans that begin after a double block: after the first one run (FBCache), or after each (MBCache)."""
+    doubles = [i for i in range(anatomy.stage("double").blocks) if i not in skip]
+    end = anatomy.blocks - 1
+    if not doubles or doubles[0] == end:
+        raise ValueError(
+            f"{recipe.cache.method} looks at the model's double blocks, and skip.double leaves none to look at: "
+            "take at least one block off the list."
+        )
+    looked_at = doubles if recipe.cache.method == "mbcache" else doubles[:1]
+    looked_at = [block for block in looked_at if block < end]
+    # The seam is measured on the NEXT block's input, not on the block's own output: hosts add ControlNet
+    # residuals between the two, and the published rules look at the sum.
+    entries = {block + 1: block for block in looked_at} if recipe.cache.signal == "residual" else {}
+    return Plan(tuple(block + 1 for block in looked_at), end, skip, recipe.cache.signal, entries)
+
+
+def _skipped(recipe: Recipe, anatomy: Anatomy) -> frozenset[int]:
+    skipped: set[int] = set()
+    for name, listed in (("double", recipe.skip.double), ("single", recipe.skip.single)):
+        count = anatomy.stage(name).blocks
+        beyond = [index for index in listed if index >= count]
+        if beyond:
+            raise ValueError(
+                f"skip.{name} names block {beyond[0]}, and this model has {count} {name} blocks: "
+                f"0 to {count - 1} are allowed."
+            )
+        skipped.update(anatomy.first_of(name) + index for index in listed)
+    if len(skipped) == anatomy.blocks:
+        raise ValueError("the skip lists name every block of the model: leave at least one to run.")
+    return frozenset(skipped)

@@ -1,0 +1,371 @@
+"""recipe.py says WHAT is wanted: frozen settings that travel as TOML, JSON or a dict.
+
+It knows names, ranges and defaults. It knows no tensor, no model and no host; what a recipe means for
+a given model is worked out in plan.py, when to compute in policy.py, what stands in in predict.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hasten.data import recipe_folder
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - Python 3.10 only
+    import tomli as tomllib
+
+SCHEMA = 1
+
+METHODS = (
+    "none",
+    "fbcache",
+    "mbcache",
+    "teacache",
+    "easycache",
+    "magcache",
+    "interval",
+    "schedule",
+)
+PREDICTORS = ("hold", "taylor", "chebyshev", "weights")
+
+# Highest power first, as numpy.polyval takes them. Source: TeaCache4FLUX (ali-vilab/TeaCache, 2024).
+TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+
+# Where a threshold is left out. fbcache: ParaAttention's middle setting for FLUX; mbcache: the original
+# ComfyUI-Lightning node; teacache: its authors' 1.8x setting; easycache: ComfyUI's node; magcache: its authors.
+DEFAULT_THRESHOLDS = {
+    "fbcache": 0.12,
+    "mbcache": 0.25,
+    "teacache": 0.4,
+    "easycache": 0.2,
+    "magcache": 0.06,
+}
+
+# Mildest first: the order in which they are listed and shown.
+SHIPPED = ("lossless", "balanced", "fast", "turbo")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Settings of the step cache: one row of the table signal, policy, predictor, span.
+
+    Fractions (`start`, `end`) are of the run's intervals, `steps` and `every` are counted in intervals,
+    sigmas are the run's own. `compare_with` says which earlier evaluation a signal is held against:
+    the last "computed" one, or the "latest" one whether computed or not.
+    """
+
+    method: str = "none"
+    signal: str = "residual"
+    relative_to: str = "previous"
+    compare_with: str = "auto"
+    threshold: float | None = None
+    thresholds: tuple[float, ...] = ()
+    steps: tuple[int, ...] = ()
+    of: int = 0
+    every: int = 4
+    growth: float = 0.0
+    coefficients: tuple[float, ...] = TEACACHE_FLUX
+    ratios: tuple[float, ...] = ()
+    start: float = 0.0
+    end: float = 1.0
+    sigma_start: float | None = None
+    sigma_end: float | None = None
+    max_consecutive_hits: int = -1
+    first: bool = True
+    last: bool = True
+    predictor: str = "hold"
+    order: int = 1
+    degree: int = 4
+    ridge: float = 0.1
+    blend: float = 0.5
+    window: int = 10
+    weights: tuple[tuple[float, ...], ...] = ()
+    device: str = "auto"
+    dtype: str = "model"
+
+    def threshold_or_default(self) -> float:
+        """The threshold, or the method's published one where none is given."""
+        return DEFAULT_THRESHOLDS[self.method] if self.threshold is None else self.threshold
+
+    def compares_with_latest(self) -> bool:
+        """Whether a signal is compared with the latest evaluation, reused ones included.
+
+        "auto" keeps each published rule: First-Block cache on residuals compares with the last computed
+        evaluation (diffusers, ParaAttention); on outputs, as the original ComfyUI-Lightning nodes do, and
+        where changes are added up (TeaCache, EasyCache), with the latest.
+        """
+        if self.compare_with != "auto":
+            return self.compare_with == "latest"
+        return self.method in ("teacache", "easycache") or self.signal == "output"
+
+    def __post_init__(self) -> None:
+        _one_of("cache.method", self.method, METHODS)
+        _one_of("cache.signal", self.signal, ("residual", "output"))
+        _one_of("cache.relative_to", self.relative_to, ("previous", "current"))
+        _one_of("cache.compare_with", self.compare_with, ("auto", "computed", "latest"))
+        _one_of("cache.predictor", self.predictor, PREDICTORS)
+        _one_of("cache.device", self.device, ("auto", "cpu"))
+        _one_of("cache.dtype", self.dtype, ("model", "float32"))
+        if self.threshold is not None:
+            _between("cache.threshold", self.threshold, 0.0, 10.0)
+        for value in self.thresholds:
+            _between("cache.thresholds", value, 0.0, 10.0)
+        _between("cache.start", self.start, 0.0, 1.0)
+        _between("cache.end", self.end, 0.0, 1.0)
+        if self.start > self.end:
+            raise ValueError(
+                f"cache.start is {self.start} and cache.end is {self.end}: start must not be after end; swap them."
+            )
+        _at_least("cache.max_consecutive_hits", self.max_consecutive_hits, -1, "-1 means unlimited")
+        _at_least("cache.every", self.every, 1, "1 computes every evaluation")
+        _between("cache.growth", self.growth, 0.0, 100.0)
+        _between("cache.order", self.order, 0, 2)
+        _between("cache.degree", self.degree, 1, 8)
+        _between("cache.ridge", self.ridge, 0.0, 1000.0)
+        _between("cache.blend", self.blend, 0.0, 1.0)
+        _between("cache.window", self.window, 2, 16)
+        _at_least("cache.of", self.of, 0, "0 takes the steps as they are")
+        for step in self.steps:
+            _at_least("cache.steps", step, 0, "steps count from 0")
+        if self.of and self.steps and max(self.steps) >= self.of:
+            raise ValueError(
+                f"cache.steps names step {max(self.steps)} of a run of cache.of = {self.of} steps: "
+                f"the largest allowed is {self.of - 1}."
+            )
+        if self.method == "schedule" and not self.steps:
+            raise ValueError(
+                "cache.method is schedule but cache.steps is empty: list the steps to compute, such as [0, 1, 4, 8]."
+            )
+        if self.method == "magcache" and not self.ratios:
+            raise ValueError(
+                "cache.method is magcache but cache.ratios is empty: measure them with `hasten calibrate`, "
+                "or copy a published list for your model."
+            )
+        if self.method == "teacache" and not self.coefficients:
+            raise ValueError("cache.coefficients is empty: leave it out to use FLUX's, highest power first.")
+        if self.predictor == "weights" and not self.weights:
+            raise ValueError(
+                "cache.predictor is weights but cache.weights is empty: give one row for each reuse."
+            )
+        if self.weights and self.predictor != "weights":
+            raise ValueError(
+                f'cache.weights is given but cache.predictor is {self.predictor}: set predictor = "weights".'
+            )
+        if self.predictor == "weights" and self.method != "schedule":
+            raise ValueError(
+                f"cache.predictor is weights with cache.method {self.method}: fitted weights belong to a fixed "
+                'list of steps; set method = "schedule".'
+            )
+        if any(not row or len(row) > 16 for row in self.weights):
+            raise ValueError(
+                "each row of cache.weights takes 1 to 16 numbers, one for each remembered delta."
+            )
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Blocks that are never run: their input passes on unchanged. Indices count from 0."""
+
+    double: tuple[int, ...] = ()
+    single: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("double", "single"):
+            for index in getattr(self, name):
+                _at_least(f"skip.{name}", index, 0, "blocks count from 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that is wanted of one model's runs; immutable, comparable, deep-copied for free."""
+
+    cache: Cache = field(default_factory=Cache)
+    skip: Skip = field(default_factory=Skip)
+    description: str = ""
+    name: str | None = field(default=None, compare=False)
+    schema: int = SCHEMA
+
+    @classmethod
+    def load(cls, source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+        """The recipe that `source` names: a Recipe, a shipped name, a TOML or JSON file, a dict, or "none".
+
+        Raises ValueError with one sentence on an unknown name, an unknown key (the nearest one is offered)
+        or a value out of range, and FileNotFoundError for a file that is not there.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Mapping):
+            return cls.from_dict(source)
+        text = str(source)
+        if text == "none":
+            return cls(name="none", description="Nothing is reused and nothing is skipped.")
+        path = Path(text)
+        if path.suffix.lower() in (".toml", ".json") or len(path.parts) > 1:
+            return _from_file(path)
+        shipped = recipe_folder() / f"{text}.toml"
+        if shipped.is_file():
+            return dataclasses.replace(_from_file(shipped), name=text)
+        raise ValueError(
+            f"there is no recipe named {text!r}: {_nearest(text, ['none', *recipe_names()])}, "
+            "or give the path of a .toml or .json file."
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """A recipe from nested dicts as TOML and JSON give them; `schema` is the only key that must be there."""
+        if "schema" not in data:
+            raise ValueError(f"the recipe has no schema: add the line `schema = {SCHEMA}`.")
+        if data["schema"] != SCHEMA:
+            raise ValueError(
+                f"the recipe's schema is {data['schema']!r}: this version reads schema {SCHEMA}."
+            )
+        _known("the recipe", data, [f.name for f in fields(cls)])
+        for key in ("description", "name"):
+            if not isinstance(data.get(key, ""), str):
+                raise ValueError(f"{key} is {data[key]!r}: a text in quotes is expected.")
+        return cls(
+            cache=_section("cache", data.get("cache", {}), Cache),
+            skip=_section("skip", data.get("skip", {}), Skip),
+            description=data.get("description", ""),
+            name=data.get("name"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts with `schema` and every key that differs from its default; from_dict gives the recipe back."""
+        out: dict[str, Any] = {"schema": self.schema}
+        if self.name:
+            out["name"] = self.name
+        if self.description:
+            out["description"] = self.description
+        for section in ("cache", "skip"):
+            changed = _changed(getattr(self, section))
+            if changed:
+                out[section] = changed
+        return out
+
+    def to_toml(self) -> str:
+        """The recipe as a TOML file's text; Recipe.load reads the same recipe from it."""
+        top = {k: v for k, v in self.to_dict().items() if not isinstance(v, dict)}
+        lines = [f"{key} = {json.dumps(value)}" for key, value in top.items()]
+        for section, values in self.to_dict().items():
+            if isinstance(values, dict):
+                lines += ["", f"[{section}]"]
+                # JSON's numbers, strings, booleans and lists are TOML's too.
+                lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+        return "\n".join(lines) + "\n"
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes, mildest first."""
+    found = {path.stem for path in recipe_folder().glob("*.toml")}
+    return [name for name in SHIPPED if name in found] + sorted(found - set(SHIPPED))
+
+
+def _from_file(path: Path) -> Recipe:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no recipe file {path}: check the path, or see `hasten recipes`."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the recipe file {path} cannot be read: {error}.") from None
+    try:
+        data = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(
+            f"the recipe file {path} is not valid {path.suffix.lstrip('.').upper()}: {error}."
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"the recipe file {path} holds a {type(data).__name__}: a table of keys is expected."
+        )
+    try:
+        recipe = Recipe.from_dict(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return recipe if recipe.name else dataclasses.replace(recipe, name=path.stem)
+
+
+def _section(name: str, data: object, kind: type[Any]) -> Any:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"[{name}] is {data!r}: a table of keys is expected.")
+    _known(f"[{name}]", data, [f.name for f in fields(kind)])
+    defaults = {f.name: f for f in fields(kind)}
+    return kind(
+        **{key: _typed(f"{name}.{key}", value, str(defaults[key].type)) for key, value in data.items()}
+    )
+
+
+def _typed(name: str, value: object, wanted: str) -> Any:
+    """The value as the annotation wants it; a bool is never taken for a number."""
+    if wanted.startswith("tuple"):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise ValueError(f"{name} is {value!r}: a list in square brackets is expected.")
+        inner = wanted[len("tuple[") : wanted.rindex(", ...")]
+        return tuple(_typed(name, item, inner) for item in value)
+    if value is None and "None" in wanted:
+        return None
+    if wanted.startswith("bool"):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}: true or false is expected.")
+        return value
+    if wanted.startswith("str"):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}: a text in quotes is expected.")
+        return value
+    whole = wanted.startswith("int")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and value != int(value)):
+        raise ValueError(f"{name} is {value!r}: a {'whole ' if whole else ''}number is expected.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: a finite number is expected.")
+    return int(value) if whole else float(value)
+
+
+def _changed(section: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for f in fields(section):
+        value = getattr(section, f.name)
+        if value != f.default:
+            plain[f.name] = _listed(value)
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _known(where: str, data: Mapping[str, Any], names: list[str]) -> None:
+    for key in data:
+        if key not in names:
+            raise ValueError(f"{where} has an unknown key {key!r}: {_nearest(key, names)}.")
+
+
+def _nearest(given: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    listed = ", ".join(names)
+    return f"did you mean {close[0]!r}? Known are {listed}" if close else f"known are {listed}"
+
+
+def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: {_nearest(str(value), allowed)}.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}: a number from {low} to {high} is allowed.")
+
+
+def _at_least(name: str, value: int, low: int, meaning: str) -> None:
+    if value < low:
+        raise ValueError(f"{name} is {value}: at least {low} is allowed ({meaning}).")

@@ -1,0 +1,153 @@
+"""report.py says what happened: every evaluation's decision, change and milliseconds.
+
+Times on a GPU are CUDA events that are read when the run is over, so that nothing waits while it lasts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Evaluation:
+    """One model evaluation. block: the first block that was stood in for, when reused. ms: all its calls together."""
+
+    index: int
+    interval: int
+    sigma: float
+    decision: str
+    change: float | None
+    block: int | None
+    reason: str
+    lanes: int = 0
+    ms: float = 0.0
+    times: list[Callable[[], float]] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        keys = ("index", "interval", "sigma", "lanes", "decision", "change", "block", "reason", "ms")
+        return {key: getattr(self, key) for key in keys}
+
+
+@dataclass
+class Report:
+    """One sampling run: its evaluations, what was reused, what it kept in memory, and remarks."""
+
+    recipe: dict[str, Any]
+    intervals: int
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    cache_mib: float = 0.0
+    cache_mib_planned: float = 0.0
+    wall_s: float = 0.0
+
+    @property
+    def computed(self) -> int:
+        """How many evaluations ran the blocks."""
+        return sum(e.decision != "reuse" for e in self.evaluations)
+
+    @property
+    def reused(self) -> int:
+        """How many evaluations were stood in for."""
+        return sum(e.decision == "reuse" for e in self.evaluations)
+
+    @property
+    def strip(self) -> str:
+        """One letter for each evaluation: C computed, P partial, . reused."""
+        letters = {"compute": "C", "reuse": ".", "partial": "P"}
+        return "".join(letters[e.decision] for e in self.evaluations)
+
+    @property
+    def estimated_speedup(self) -> float:
+        """What computing everything would have taken over what was taken; from this run's own times."""
+        full = sorted(e.ms for e in self.evaluations if e.decision == "compute")
+        spent = sum(e.ms for e in self.evaluations)
+        # The median: the first evaluation also warms up.
+        return full[len(full) // 2] * len(self.evaluations) / spent if full and spent > 0 else 1.0
+
+    def note(self, text: str) -> None:
+        """Adds a remark once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def read_times(self) -> Report:
+        """This report with its times so far read off; on a GPU this waits for the device once."""
+        for evaluation in self.evaluations:
+            evaluation.ms += sum(read() for read in evaluation.times)
+            evaluation.times.clear()
+        self.wall_s = sum(e.ms for e in self.evaluations) / 1000.0
+        return self
+
+    def line(self) -> str:
+        """The run in one line, such as `computed 12 of 28 · about 2.1x · cache 28.0 MiB`."""
+        parts = [f"computed {self.computed} of {len(self.evaluations)}"]
+        if self.reused:
+            parts.append(f"about {self.estimated_speedup:.1f}x")
+            parts.append(f"cache {self.cache_mib:.1f} MiB")
+        elif self.evaluations:
+            parts.append(f"nothing reused: {self._why_nothing()}")
+        return " · ".join([*parts, *self.notes])
+
+    def _why_nothing(self) -> str:
+        reasons = [e.reason for e in self.evaluations if e.reason not in ("first", "last", "fresh lane")]
+        if not reasons:
+            return "too few steps"
+        return max(set(reasons), key=reasons.count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "schema": 1,
+            "recipe": self.recipe,
+            "evaluations": [e.to_dict() for e in self.evaluations],
+            "computed": self.computed,
+            "reused": self.reused,
+            "wall_s": self.wall_s,
+            "cache_mib": self.cache_mib,
+            "cache_mib_planned": self.cache_mib_planned,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        return self.line()
+
+
+class Clock:
+    """Times spans of work on a device: CUDA events on a GPU, the wall clock elsewhere."""
+
+    def __init__(self) -> None:
+        self._started: float | torch.cuda.Event = 0.0
+
+    def start(self, device: torch.device) -> None:
+        """Marks the beginning."""
+        self._started = _event() if device.type == "cuda" else time.perf_counter()
+
+    def stop(self) -> Callable[[], float]:
+        """Marks the end; gives a function that reads the milliseconds later."""
+        started = self._started
+        if isinstance(started, float):
+            elapsed = (time.perf_counter() - started) * 1000.0
+            return lambda: elapsed
+        ended = _event()
+
+        def read() -> float:
+            ended.synchronize()
+            return float(started.elapsed_time(ended))
+
+        return read
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

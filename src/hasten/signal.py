@@ -1,0 +1,49 @@
+"""signal.py is what policies look at: distances between tensors, as numbers still on their device.
+
+Nothing here waits for the device but `largest`, so an evaluation synchronises at most once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def relative_l1(now: Tensor, before: Tensor, *, relative_to: str = "previous") -> Tensor:
+    """Mean |now - before| over mean |before| (or |now|), as a 0-dim float32 tensor; 0 when nothing moved.
+
+    now, before: same shape (..., C) and dtype; sums are kept in float32. relative_to: "previous" or "current".
+    Does not synchronise. Raises ValueError on unequal shapes.
+    Source: First Block Cache, ParaAttention (2024); TeaCache (arXiv 2411.19108).
+    """
+    if now.shape != before.shape:
+        raise ValueError(
+            f"tensors of shapes {tuple(now.shape)} and {tuple(before.shape)} cannot be compared."
+        )
+    moved = mean_abs(now - before)
+    scale = mean_abs(before if relative_to == "previous" else now)
+    # 0 over 0 is no change; anything over 0 stays infinite and forces compute.
+    return torch.where(moved == 0, torch.zeros_like(moved), moved / scale)
+
+
+def mean_abs(x: Tensor) -> Tensor:
+    """Mean |x| as a 0-dim float32 tensor, without synchronising."""
+    return x.abs().mean(dtype=torch.float32)
+
+
+def magnitude_ratio(now: Tensor, before: Tensor) -> Tensor:
+    """Mean over tokens of |now| / |before|, the norms taken over channels; 0-dim float32, no synchronisation.
+
+    now, before: (B, N, C). Source: MagCache (arXiv 2506.09045), its calibration.
+    """
+    norms = torch.linalg.vector_norm(now, dim=-1, dtype=torch.float32)
+    return (norms / (torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32) + 1e-8)).mean()
+
+
+def largest(changes: Sequence[Tensor]) -> float:
+    """The largest of some 0-dim tensors of one device, as a float; NaN when any is. Synchronises once."""
+    if len(changes) == 1:
+        return float(changes[0])
+    return float(torch.stack(list(changes)).max())
