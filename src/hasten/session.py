@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -93,15 +94,19 @@ class Row:
     rows: slice
 
 
+# Sees each delta that a computed evaluation leaves, before the history takes it: for calibration and fitting.
+Watch = Callable[[Moment, History, Tensor], None]
+
+
 class Session:
     """One sampling run: its sigmas, its lanes, one decision for each evaluation, and the report in the end."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, sigmas: Sequence[float]) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, sigmas: Sequence[float], *, watch: Watch | None = None) -> None:
         self.recipe, self.plan = recipe, plan
         self.timeline = Timeline(sigmas)
         self.predictor: Predictor = make_predictor(recipe.cache, self.timeline)
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
-        self.watch: Callable[[Moment, History, Tensor], None] | None = None
+        self.watch = watch
         self._lanes: dict[Hashable, Lane] = {}
         self._policies: dict[int, Policy] = {}
         self._held: dict[int, object] = {}
@@ -109,7 +114,8 @@ class Session:
         self._ongoing: Ongoing | None = None
         self._moved_on = False
         self._count = 0
-        self._clock = Clock()
+        # Hosts may run an evaluation's calls on several devices at once, each in its thread.
+        self.lock = RLock()
 
     def identity(self, condition: object) -> int:
         """A key for an object, which the session keeps alive so that the key stays its own."""
@@ -133,21 +139,27 @@ class Session:
         like: the model's input, (B, ...), for its shape, dtype and device. sigma: the schedule's entry when the host
         knows it, else the model's argument with the dtype it was rounded in.
         """
-        ongoing = self._place(sigma, ROUNDING.get(rounded_in, 0.0), conditions)
-        share = like.shape[0] // len(conditions)
-        shape = (share, *like.shape[1:])
-        rows = []
-        for i, condition in enumerate(conditions):
-            ongoing.seen.add(condition)
-            key = (condition, ongoing.moment.ordinal, shape, like.dtype, like.device)
-            lane = self._lanes.setdefault(key, Lane())
-            rows.append(Row(lane, slice(i * share, (i + 1) * share)))
-        self._clock.start(like.device)
-        return Call(self, ongoing, rows)
+        with self.lock:
+            ongoing = self._place(sigma, ROUNDING.get(rounded_in, 0.0), conditions)
+            share = like.shape[0] // len(conditions)
+            shape = (share, *like.shape[1:])
+            rows = []
+            for i, condition in enumerate(conditions):
+                ongoing.seen.add(condition)
+                key = (condition, ongoing.moment.ordinal, shape, like.dtype, like.device)
+                lane = self._lanes.setdefault(key, Lane())
+                rows.append(Row(lane, slice(i * share, (i + 1) * share)))
+        call = Call(self, ongoing, rows)
+        call.clock.start(like.device)
+        return call
 
     def leave(self, call: Call) -> None:
         """Ends a call that came to its end; one that failed is simply dropped."""
-        elapsed = self._clock.stop()
+        elapsed = call.clock.stop()
+        with self.lock:
+            self._leave(call, elapsed)
+
+    def _leave(self, call: Call, elapsed: Callable[[], float]) -> None:
         ongoing = call.ongoing
         if ongoing.decision is None:
             # Nothing was asked (no gate, or a host that ran no gated block): everything was computed.
@@ -191,9 +203,7 @@ class Session:
         self._moved_on = False
         if before is not None and interval < before.moment.interval:
             # Time does not run backwards within a run: take it for a run that began anew.
-            self.report.notes.append(
-                f"sigma rose from {before.moment.sigma:.4g} to {snapped:.4g}: started afresh"
-            )
+            self.report.notes.append(f"sigma rose from {before.moment.sigma:.4g} to {snapped:.4g}: started afresh")
             self._lanes.clear()
             self._policies.clear()
             self._visits.clear()
@@ -216,6 +226,7 @@ class Call:
         self.plan = session.plan
         self.standing_in = False
         self.excuse = ""
+        self.clock = Clock()
         self._seam = 0
         self._kept: dict[int, Tensor] = {}
         self._entries: dict[int, Tensor] = {}
@@ -235,11 +246,12 @@ class Call:
         now = self._signal(seam, self._kept[seam], modulated)
         ongoing = self.ongoing
         fresh = any(not row.lane.at(seam).deltas for row in self.rows)
-        if ongoing.decision is None:
-            self._decide(seam, now, fresh)
-        elif ongoing.decision is Decision.REUSE and seam == ongoing.seam:
-            # Another lane's call took the decision; a lane without history computes all the same.
-            self._follow(seam, fresh)
+        with self.session.lock:
+            if ongoing.decision is None:
+                self._decide(seam, now, fresh)
+            elif ongoing.decision is Decision.REUSE and seam == ongoing.seam:
+                # Another lane's call took the decision; a lane without history computes all the same.
+                self._follow(seam, fresh)
         self._refer(seam, now)
 
     def finish(self, image: Tensor) -> None:
@@ -252,9 +264,7 @@ class Call:
             if cache.dtype == "float32":
                 delta = image.to(torch.float32) - kept.to(torch.float32)
             else:
-                delta = torch.sub(
-                    image, kept, out=kept
-                )  # the seam's copy has served: its memory holds the delta
+                delta = torch.sub(image, kept, out=kept)  # the seam's copy has served: its memory holds the delta
             if cache.device == "cpu":
                 delta = delta.to("cpu")
             for row in self.rows:

@@ -24,7 +24,7 @@ from hasten.gate import Gate, gate_model
 from hasten.plan import make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
-from hasten.session import Call, Session
+from hasten.session import Call, Session, Watch
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 
@@ -83,6 +83,7 @@ class Handle:
         self.transformer = _unwrapped(transformer)
         self.recipe = recipe
         self.plan = make_plan(recipe, anatomy_of(self.transformer))
+        self.watch: Watch | None = None
         self._finished: list[Report] = []
         self._session: Session | None = None
         self._awaited: Callable[[], Session] | None = None
@@ -118,7 +119,7 @@ class Handle:
         Raises ValueError when the sigmas do not fall.
         """
         self.end()
-        self._session = Session(self.recipe, self.plan, [float(s) for s in sigmas])
+        self._session = Session(self.recipe, self.plan, [float(s) for s in sigmas], watch=self.watch)
         self._begun()
         try:
             yield self
@@ -135,7 +136,7 @@ class Handle:
     def await_run(self, sigmas: Callable[[], list[float]], sigma: Callable[[], float | None]) -> None:
         """Ends the run under way; the next call begins one along `sigmas()`, at `sigma()` where that is known."""
         self.end()
-        self._awaited = lambda: Session(self.recipe, self.plan, sigmas())
+        self._awaited = lambda: Session(self.recipe, self.plan, sigmas(), watch=self.watch)
         self._sigma = sigma
 
     def move_on(self) -> None:
@@ -193,9 +194,7 @@ class Handle:
             )
             try:
                 if self.plan.whole_model:
-                    out = self._whole(
-                        call, x, lambda: slot.inner(*args, **kwargs), given.get("return_dict", True)
-                    )
+                    out = self._whole(call, x, lambda: slot.inner(*args, **kwargs), given.get("return_dict", True))
                 else:
                     out = slot.inner(*args, **kwargs)
             finally:
@@ -222,9 +221,7 @@ class Handle:
             if call is None:
                 return slot.inner(*args, **kwargs)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            streams = FluxStreams(
-                given["encoder_hidden_states"], given["hidden_states"], block, given["temb"]
-            )
+            streams = FluxStreams(given["encoder_hidden_states"], given["hidden_states"], block, given["temb"])
 
             def run() -> FluxStreams:
                 text, image = slot.inner(*args, **kwargs)
@@ -238,9 +235,7 @@ class Handle:
     def _note_outside(self) -> None:
         if self._outside is None:
             self._outside = Report(recipe=self.recipe.to_dict(), intervals=0)
-            self._outside.note(
-                "called outside a run, everything was computed: use `with handle.run(sigmas):`"
-            )
+            self._outside.note("called outside a run, everything was computed: use `with handle.run(sigmas):`")
 
 
 class Accelerated:
@@ -249,12 +244,11 @@ class Accelerated:
     def __init__(self, pipe: Any, recipe: Recipe) -> None:
         for name in ("transformer", "scheduler"):
             if getattr(pipe, name, None) is None:
-                raise ValueError(
-                    f"{type(pipe).__name__} has no {name}: a FLUX pipeline of diffusers is expected."
-                )
+                raise ValueError(f"{type(pipe).__name__} has no {name}: a FLUX pipeline of diffusers is expected.")
         # Says now what is wrong with the recipe, not in the middle of a picture.
         make_plan(recipe, anatomy_of(_unwrapped(pipe.transformer)))
         self.pipe, self.recipe = pipe, recipe
+        self.watch: Watch | None = None
         self._handle: Handle | None = None
         self._scheduler: Any = None
 
@@ -270,6 +264,7 @@ class Accelerated:
 
     def __enter__(self) -> Accelerated:
         self._handle = Handle(self.pipe.transformer, self.recipe)
+        self._handle.watch = self.watch
         self._watch(self.pipe.scheduler, self._handle)
         return self
 

@@ -1,14 +1,21 @@
-"""The stand-in's arithmetic: base + sum of weights times deltas, summed in float32, in one pass over memory.
+"""The stand-in's arithmetic: base + the sum of weights times deltas, in float32, rounded once.
 
-On a GPU with Triton one kernel reads each tensor once and writes once; elsewhere torch adds them one by one.
+Floor: every tensor read once and the result written once, (K + 2) x bytes of one stream; for FLUX.1 at 1024x1024
+in bfloat16 and two deltas 100 MB, 24 us at 4.2 TB/s. On a GPU with Triton one kernel does just that; elsewhere torch
+adds the deltas one by one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Triton has no lists of pointers on the versions we support; more deltas than this take several passes.
+POINTERS = 8
 
 
 def weighted_sum(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -18,20 +25,92 @@ def weighted_sum(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float
     Deltas of weight 0 are not read. Raises ValueError when the counts differ.
     """
     if len(deltas) != len(weights):
-        raise ValueError(
-            f"{len(deltas)} deltas and {len(weights)} weights: one weight for each delta is expected."
-        )
+        raise ValueError(f"{len(deltas)} deltas and {len(weights)} weights: one weight for each delta is expected.")
     terms = [(d, float(w)) for d, w in zip(deltas, weights, strict=True) if w != 0.0]
     if not terms:
         return base.clone()
-    if base.dtype == torch.float32 or (
-        len(terms) == 1 and terms[0][1] == 1.0 and terms[0][0].dtype == base.dtype
-    ):
-        total = torch.add(base, terms[0][0], alpha=terms[0][1])
-        for delta, weight in terms[1:]:
-            total.add_(delta, alpha=weight)
-        return total
-    total = base.to(torch.float32)
-    for delta, weight in terms:
+    summed: Tensor = torch.ops.hasten.weighted_sum(base, [d for d, _ in terms], [w for _, w in terms])
+    return summed
+
+
+@torch.library.custom_op("hasten::weighted_sum", mutates_args=())
+def _weighted_sum(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    total = base.to(torch.float32, copy=True)
+    for delta, weight in zip(deltas, weights, strict=True):
         total.add_(delta, alpha=weight)
     return total.to(base.dtype)
+
+
+@_weighted_sum.register_fake
+def _(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.empty_like(base)
+
+
+@_weighted_sum.register_kernel("cuda")
+def _on_cuda(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    kernel = triton_kernel()
+    if kernel is None:
+        return _weighted_sum._init_fn(base, deltas, weights)
+    return launch(kernel, base, deltas, weights)
+
+
+def launch(kernel: Any, base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """The sum by the Triton kernel, `POINTERS` deltas to a pass; between passes it stays in float32."""
+    total = base.contiguous()
+    block = 1024
+    for first in range(0, len(deltas), POINTERS):
+        some = [d.contiguous() for d in deltas[first : first + POINTERS]]
+        spare = POINTERS - len(some)
+        last = first + POINTERS >= len(deltas)
+        out = torch.empty_like(total, dtype=base.dtype if last else torch.float32)
+        count = total.numel()
+        kernel[((count + block - 1) // block,)](
+            out,
+            total,
+            *some,
+            *[total] * spare,
+            *weights[first : first + POINTERS],
+            *[0.0] * spare,
+            count,
+            TERMS=len(some),
+            BLOCK=block,
+        )
+        total = out
+    return total
+
+
+@functools.cache
+def triton_kernel() -> Any:
+    """The kernel, made on first use; None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def sum_terms(  # type: ignore[no-untyped-def]
+        out, base, d0, d1, d2, d3, d4, d5, d6, d7, w0, w1, w2, w3, w4, w5, w6, w7, count,
+        TERMS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        total = tl.load(base + at, mask=inside).to(tl.float32)
+        total += w0 * tl.load(d0 + at, mask=inside).to(tl.float32)
+        if TERMS > 1:
+            total += w1 * tl.load(d1 + at, mask=inside).to(tl.float32)
+        if TERMS > 2:
+            total += w2 * tl.load(d2 + at, mask=inside).to(tl.float32)
+        if TERMS > 3:
+            total += w3 * tl.load(d3 + at, mask=inside).to(tl.float32)
+        if TERMS > 4:
+            total += w4 * tl.load(d4 + at, mask=inside).to(tl.float32)
+        if TERMS > 5:
+            total += w5 * tl.load(d5 + at, mask=inside).to(tl.float32)
+        if TERMS > 6:
+            total += w6 * tl.load(d6 + at, mask=inside).to(tl.float32)
+        if TERMS > 7:
+            total += w7 * tl.load(d7 + at, mask=inside).to(tl.float32)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+    return sum_terms

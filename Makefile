@@ -1,0 +1,61 @@
+# make demo       pictures with and without acceleration, on any CPU; sets everything up by itself
+# make test       the whole test suite; sets everything up by itself
+# make check      format, lint, types and the fast tests
+# PYTHON=python3.12 make demo    chooses the interpreter of the environment
+
+PYTHON ?= python3
+VENV := .venv
+# Written last: it exists only when the whole set-up went through, and holds the folder that it was made for.
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check check-fast test-comfyui benchmark clean FORCE
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup: $(READY)
+
+demo: $(READY)
+	@$(VENV)/bin/hasten demo
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest -m "not comfy"
+
+check: $(READY)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
+
+check-fast: $(READY)
+	@$(VENV)/bin/python -m pytest -m "not slow and not gpu and not comfy"
+
+test-comfyui: $(READY)
+	@test -f "$${COMFYUI_DIR:-.comfyui}/main.py" || { \
+	    echo "No ComfyUI at $${COMFYUI_DIR:-.comfyui}: run make test-comfyui COMFYUI_DIR=path/to/ComfyUI." >&2; exit 2; }
+	@COMFYUI_DIR="$${COMFYUI_DIR:-.comfyui}" $(VENV)/bin/python -m pytest -m comfy
+
+benchmark: $(READY)
+	@$(VENV)/bin/python benchmarks/flux_nano.py
+
+clean:
+	rm -rf $(VENV) dist out .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment holds absolute paths: one that was moved with its folder, or lost its interpreter, is made anew.
+READY_IN := $(shell $(VENV)/bin/python -c '' 2>/dev/null && cat $(READY) 2>/dev/null)
+ifneq ($(READY_IN),$(CURDIR))
+$(READY): FORCE
+endif
+
+# The marker goes before pip starts: an interrupted set-up is never taken for a whole one, and what it left
+# half-written is cleared away instead of built upon.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "hasten needs Python 3.10 or newer as '$(PYTHON)': on Debian run 'sudo apt install python3 python3-venv', or name one: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments: on Debian run 'sudo apt install python3-venv', then make again." >&2; exit 2; }
+	@echo "Setting up $(VENV) (once; torch and its friends are large, so this takes some minutes)."
+	@test "$(READY_IN)" = "$(CURDIR)" || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $@
+	@$(VENV)/bin/python -m pip install --upgrade pip
+	@$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@printf '%s\n' "$(CURDIR)" > $@
