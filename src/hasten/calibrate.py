@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from hasten.hosts.diffusers import accelerate
+from hasten.lane import History
 from hasten.moment import Moment
 from hasten.recipe import Cache, Recipe
-from hasten.session import History
 from hasten.signal import magnitude_ratio
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from hasten.session import Call
+from hasten.call import Call
 
 
 class Streams(Protocol):

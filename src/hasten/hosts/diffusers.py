@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from hasten.anatomy import Anatomy, flux
+from hasten.call import Call
 from hasten.gate import Gate, gate_model
+from hasten.lane import Watch
 from hasten.plan import make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
-from hasten.session import Call, Session, Watch
+from hasten.session import Session
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 
@@ -251,6 +253,7 @@ class Accelerated:
         self.watch: Watch | None = None
         self._handle: Handle | None = None
         self._scheduler: Any = None
+        self._replaced: dict[str, Any] = {}
 
     @property
     def reports(self) -> list[Report]:
@@ -271,14 +274,18 @@ class Accelerated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name in ("set_timesteps", "step"):
-            self._scheduler.__dict__.pop(name, None)
+        for name, before in self._replaced.items():
+            if before is None:
+                self._scheduler.__dict__.pop(name, None)
+            else:  # another accelerated pipeline shares this scheduler
+                setattr(self._scheduler, name, before)
         assert self._handle is not None
         self._handle.remove()
 
     def _watch(self, scheduler: Any, handle: Handle) -> None:
         """Sees runs begin and steps end on this scheduler instance; its class is left alone."""
         self._scheduler = scheduler
+        self._replaced = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         schedule: list[float] = []
 

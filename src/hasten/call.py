@@ -1,0 +1,228 @@
+"""call.py is one model call of an evaluation: what gates act through, from the seam to the stand-in.
+
+It measures at a seam, asks the policy once an evaluation, remembers deltas after a computed span and sums them
+up for a reused one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.weighted_sum import weighted_sum
+from hasten.lane import Ongoing, Row
+from hasten.policy import Decision
+from hasten.report import Clock
+from hasten.signal import largest, mean_abs, relative_l1
+
+if TYPE_CHECKING:
+    from hasten.session import Session
+
+
+class Call:
+    """One model call of an evaluation, with its lanes' rows; gates act through it."""
+
+    def __init__(self, session: Session, ongoing: Ongoing, rows: list[Row]) -> None:
+        self.session, self.ongoing, self.rows = session, ongoing, rows
+        self.plan = session.plan
+        self.standing_in = False
+        self.excuse = ""
+        self.clock = Clock()
+        self._seam = 0
+        self._kept: dict[int, Tensor] = {}
+        self._entries: dict[int, Tensor] = {}
+
+    def keep_entry(self, block: int, image: Tensor) -> None:
+        """Keeps a block's input because a residual is measured from it."""
+        # Comfy's blocks add in place: keep a copy, not a reference.
+        self._entries[block] = image.detach().clone()
+
+    def arrive(self, seam: int, image: Tensor, modulated: Callable[[], Tensor] | None = None) -> None:
+        """At a seam: measures, decides (or follows the evaluation's decision), and keeps the seam's input.
+
+        image: (B, N, C). modulated: gives block 0's modulated input, (B, N, C), where the plan measures that.
+        """
+        self._kept[seam] = image.detach().clone()
+        self._plan_memory(image)
+        now = self._signal(seam, self._kept[seam], modulated)
+        ongoing = self.ongoing
+        fresh = any(not row.lane.at(seam).deltas for row in self.rows)
+        with self.session.lock:
+            if ongoing.decision is None:
+                self._decide(seam, now, fresh)
+            elif ongoing.decision is Decision.REUSE and seam == ongoing.seam:
+                # Another lane's call took the decision; a lane without history computes all the same.
+                self._follow(seam, fresh)
+        self._refer(seam, now)
+
+    def finish(self, image: Tensor) -> None:
+        """After the span's last block was run: each seam's delta goes into its lanes' histories."""
+        if self.ongoing.decision is None:
+            self.settle(Decision.COMPUTE, reason=self.ongoing.reason or "computed")
+        cache = self.session.recipe.cache
+        image = image.detach()
+        sigma = self.ongoing.moment.sigma
+        for seam, kept in self._kept.items():
+            if cache.dtype == "float32":
+                delta = image.to(torch.float32) - kept.to(torch.float32)
+            else:
+                delta = torch.sub(image, kept, out=kept)  # the seam's copy has served: its memory holds the delta
+            if cache.device == "cpu":
+                delta = delta.to("cpu")
+            for row in self.rows:
+                own = delta if len(self.rows) == 1 else delta[row.rows].clone()
+                history = row.lane.at(seam)
+                if self.session.watch is not None:
+                    self.session.watch(self.ongoing.moment, history, own)
+                history.remember(sigma, own, self.session.predictor.window)
+        self._kept.clear()
+
+    def stand_in(self) -> Tensor:
+        """The seam's input plus the weighted deltas, (B, N, C)."""
+        base = self._kept.pop(self._seam)
+        self._kept.clear()
+        if len(self.rows) == 1:
+            return self._predicted(self.rows[0], base)
+        return torch.cat([self._predicted(row, base[row.rows]) for row in self.rows])
+
+    def settle(self, decision: Decision, *, reason: str, forced: bool = False) -> None:
+        """Fixes the evaluation's decision; its policy learns of it once."""
+        self.ongoing.decision, self.ongoing.reason = decision, reason
+        self.ongoing.policy.settled(self.ongoing.moment, decision, forced=forced)
+
+    def _plan_memory(self, image: Tensor) -> None:
+        """Adds to the report what each new lane will come to keep, before it does."""
+        cache, plan = self.session.recipe.cache, self.plan
+        size = 4 if cache.dtype == "float32" else image.element_size()
+        compared = image.element_size() if self.ongoing.policy.needs_change else 0
+        if plan.whole_model:
+            compared *= 3  # the latest input, and the last computed one with its output
+        each = image.numel() // len(self.rows) * len(plan.seams or (0,))
+        for row in self.rows:
+            if not row.lane.planned:
+                row.lane.planned = True
+                planned = each * (size * self.session.predictor.window + compared)
+                self.session.report.cache_mib_planned += planned / 2**20
+
+    def _predicted(self, row: Row, base: Tensor) -> Tensor:
+        history = row.lane.at(self._seam)
+        weights = self.session.predictor.weights(history.sigmas, self.ongoing.moment)
+        deltas = [d.to(base.device) for d, w in zip(history.deltas, weights, strict=True) if w != 0.0]
+        return weighted_sum(base, deltas, [w for w in weights if w != 0.0])
+
+    def _signal(self, seam: int, kept: Tensor, modulated: Callable[[], Tensor] | None) -> Tensor | None:
+        if self.plan.signal == "output":
+            return kept
+        if self.plan.signal == "residual":
+            return kept - self._entries.pop(self.plan.entries[seam])
+        if self.plan.signal == "modulated" and modulated is not None:
+            return modulated().detach()
+        return None
+
+    def _decide(self, seam: int, now: Tensor | None, fresh: bool) -> None:
+        ongoing, policy = self.ongoing, self.ongoing.policy
+        last_seam = seam == self.plan.seams[-1]
+        reason = policy.forced(ongoing.moment)
+        if reason is not None:
+            self.settle(Decision.COMPUTE, reason=reason, forced=True)
+            return
+        if fresh:
+            if last_seam:
+                self.settle(Decision.COMPUTE, reason="fresh lane", forced=True)
+            return
+        change = self._change(seam, now) if policy.needs_change else None
+        ongoing.change = change
+        if policy.needs_change and change is None:
+            if last_seam:
+                self.settle(Decision.COMPUTE, reason="nothing to compare with", forced=True)
+            return
+        decision = policy.decide(ongoing.moment, change, seam)
+        reason = policy.rule.why(change, seam)
+        if decision is Decision.REUSE:
+            ongoing.seam = self._seam = seam
+            self.standing_in = True
+        elif not last_seam:
+            ongoing.reason = reason  # the walk goes on to the next seam
+            return
+        self.settle(decision, reason=reason)
+
+    def _follow(self, seam: int, fresh: bool) -> None:
+        if fresh:
+            self.session.report.note("a lane without history computed while another reused")
+            return
+        self._seam = seam
+        self.standing_in = True
+
+    def _change(self, seam: int, now: Tensor | None) -> float | None:
+        """The largest change among this call's lanes; one synchronisation."""
+        changes = []
+        for row in self.rows:
+            before = row.lane.at(seam).reference
+            if now is None or before is None:
+                return None
+            relative_to = self.session.recipe.cache.relative_to
+            changes.append(relative_l1(now[row.rows], before, relative_to=relative_to))
+        return largest(changes)
+
+    def _refer(self, seam: int, now: Tensor | None) -> None:
+        """Keeps the signal as the next one to compare with: always the latest, or the last computed one."""
+        if now is None or (self.standing_in and not self.session.recipe.cache.compares_with_latest()):
+            return
+        for row in self.rows:
+            shared = len(self.rows) > 1 or self.plan.signal == "output"
+            row.lane.at(seam).reference = now[row.rows].clone() if shared else now
+
+    # The whole model as one span (EasyCache): input and output are the model's own, (B, ...).
+
+    def weigh_model(self, x: Tensor) -> Tensor | None:
+        """At the model's door: the stand-in for its output, or None when it has to be run. x: its noise channels."""
+        ongoing, x = self.ongoing, x.detach()
+        fresh = any(not row.lane.at(-1).deltas for row in self.rows)
+        if ongoing.decision is None:
+            self._decide_model(x, fresh)
+        if ongoing.decision is Decision.REUSE and fresh:
+            self.session.report.note("a lane without history computed while another reused")
+        elif ongoing.decision is Decision.REUSE:
+            self.standing_in = True
+        if self.session.recipe.cache.compares_with_latest() or not self.standing_in:
+            for row in self.rows:
+                row.lane.input = x[row.rows].clone()
+        self._plan_memory(x)
+        self._seam = -1
+        self._kept[-1] = x.clone() if not self.standing_in else x
+        return self.stand_in() if self.standing_in else None
+
+    def observe_model(self, x: Tensor, output: Tensor) -> None:
+        """After the model was run: its rate of change, its size and its delta are remembered."""
+        x, output = x.detach(), output.detach()
+        for row in self.rows:
+            lane, mine = row.lane, output[row.rows]
+            if lane.output is not None:
+                came_in, went_out = lane.output
+                moved = mean_abs(x[row.rows] - came_in)
+                lane.rate = mean_abs(mine - went_out) / moved.clamp_min(1e-12)
+            lane.output = (x[row.rows].clone(), mine.clone())
+        self.finish(output)
+
+    def _decide_model(self, x: Tensor, fresh: bool) -> None:
+        ongoing, policy = self.ongoing, self.ongoing.policy
+        reason = policy.forced(ongoing.moment)
+        if reason is None and fresh:
+            reason = "fresh lane"
+        if reason is None and any(row.lane.rate is None for row in self.rows):
+            reason = "nothing to compare with"
+        if reason is not None:
+            self.settle(Decision.COMPUTE, reason=reason, forced=True)
+            return
+        changes = []
+        for row in self.rows:
+            lane = row.lane
+            assert lane.rate is not None and lane.input is not None and lane.output is not None
+            moved = mean_abs(x[row.rows] - lane.input)
+            changes.append(lane.rate * moved / mean_abs(lane.output[1]).clamp_min(1e-12))
+        ongoing.change = largest(changes)
+        decision = policy.decide(ongoing.moment, ongoing.change)
+        self.settle(decision, reason=policy.rule.why(ongoing.change, 0))
