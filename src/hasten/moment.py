@@ -55,7 +55,7 @@ class Timeline:
     def place(self, sigma: float, *, tolerance: float = 0.0, after: int | None = None) -> tuple[int, float]:
         """The interval that `sigma` lies in, and the schedule's entry it stands for (itself when between two).
 
-        tolerance: how far rounding may have moved it, relative (2**-8 for bfloat16).
+        tolerance: how far rounding may have moved it, relative (2**-7 for bfloat16).
         after: the entry of the evaluation before, where several entries are equally near: time moves on.
         """
         # 1e-4: float32 sigmas survive samplers' own arithmetic only to about that (seen with eight samplers).

@@ -35,8 +35,7 @@ def newton_weights(past_sigmas: Sequence[float], sigma: float, order: int) -> li
     count = len(past_sigmas)
     points = past_sigmas[-(min(order, count - 1) + 1) :]
     newest = [
-        float(np.prod([(sigma - b) / (a - b) for j, b in enumerate(points) if j != i]))
-        for i, a in enumerate(points)
+        float(np.prod([(sigma - b) / (a - b) for j, b in enumerate(points) if j != i])) for i, a in enumerate(points)
     ]
     return [0.0] * (count - len(points)) + newest
 
@@ -80,9 +79,7 @@ class Taylor:
 class Chebyshev:
     """A share of Chebyshev regression, the rest first-order Newton. Source: Spectrum (arXiv 2603.01623)."""
 
-    def __init__(
-        self, *, degree: int, ridge: float, blend: float, window: int, low: float, high: float
-    ) -> None:
+    def __init__(self, *, degree: int, ridge: float, blend: float, window: int, low: float, high: float) -> None:
         self.degree, self.ridge, self.blend, self.window = degree, ridge, blend, window
         self.low, self.high = low, high
 

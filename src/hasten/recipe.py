@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -153,9 +152,7 @@ class Cache:
         if self.method == "teacache" and not self.coefficients:
             raise ValueError("cache.coefficients is empty: leave it out to use FLUX's, highest power first.")
         if self.predictor == "weights" and not self.weights:
-            raise ValueError(
-                "cache.predictor is weights but cache.weights is empty: give one row for each reuse."
-            )
+            raise ValueError("cache.predictor is weights but cache.weights is empty: give one row for each reuse.")
         if self.weights and self.predictor != "weights":
             raise ValueError(
                 f'cache.weights is given but cache.predictor is {self.predictor}: set predictor = "weights".'
@@ -166,9 +163,7 @@ class Cache:
                 'list of steps; set method = "schedule".'
             )
         if any(not row or len(row) > 16 for row in self.weights):
-            raise ValueError(
-                "each row of cache.weights takes 1 to 16 numbers, one for each remembered delta."
-            )
+            raise ValueError("each row of cache.weights takes 1 to 16 numbers, one for each remembered delta.")
 
 
 @dataclass(frozen=True)
@@ -224,10 +219,8 @@ class Recipe:
         """A recipe from nested dicts as TOML and JSON give them; `schema` is the only key that must be there."""
         if "schema" not in data:
             raise ValueError(f"the recipe has no schema: add the line `schema = {SCHEMA}`.")
-        if data["schema"] != SCHEMA:
-            raise ValueError(
-                f"the recipe's schema is {data['schema']!r}: this version reads schema {SCHEMA}."
-            )
+        if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
+            raise ValueError(f"the recipe's schema is {data['schema']!r}: this version reads schema {SCHEMA}.")
         _known("the recipe", data, [f.name for f in fields(cls)])
         for key in ("description", "name"):
             if not isinstance(data.get(key, ""), str):
@@ -255,12 +248,11 @@ class Recipe:
     def to_toml(self) -> str:
         """The recipe as a TOML file's text; Recipe.load reads the same recipe from it."""
         top = {k: v for k, v in self.to_dict().items() if not isinstance(v, dict)}
-        lines = [f"{key} = {json.dumps(value)}" for key, value in top.items()]
+        lines = [f"{key} = {_toml(value)}" for key, value in top.items()]
         for section, values in self.to_dict().items():
             if isinstance(values, dict):
                 lines += ["", f"[{section}]"]
-                # JSON's numbers, strings, booleans and lists are TOML's too.
-                lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+                lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         return "\n".join(lines) + "\n"
 
 
@@ -274,21 +266,15 @@ def _from_file(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"there is no recipe file {path}: check the path, or see `hasten recipes`."
-        ) from None
+        raise FileNotFoundError(f"there is no recipe file {path}: check the path, or see `hasten recipes`.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the recipe file {path} cannot be read: {error}.") from None
     try:
         data = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(
-            f"the recipe file {path} is not valid {path.suffix.lstrip('.').upper()}: {error}."
-        ) from None
+        raise ValueError(f"the recipe file {path} is not valid {path.suffix.lstrip('.').upper()}: {error}.") from None
     if not isinstance(data, dict):
-        raise ValueError(
-            f"the recipe file {path} holds a {type(data).__name__}: a table of keys is expected."
-        )
+        raise ValueError(f"the recipe file {path} holds a {type(data).__name__}: a table of keys is expected.")
     try:
         recipe = Recipe.from_dict(data)
     except ValueError as error:
@@ -301,9 +287,7 @@ def _section(name: str, data: object, kind: type[Any]) -> Any:
         raise ValueError(f"[{name}] is {data!r}: a table of keys is expected.")
     _known(f"[{name}]", data, [f.name for f in fields(kind)])
     defaults = {f.name: f for f in fields(kind)}
-    return kind(
-        **{key: _typed(f"{name}.{key}", value, str(defaults[key].type)) for key, value in data.items()}
-    )
+    return kind(**{key: _typed(f"{name}.{key}", value, str(defaults[key].type)) for key, value in data.items()})
 
 
 def _typed(name: str, value: object, wanted: str) -> Any:
@@ -324,11 +308,19 @@ def _typed(name: str, value: object, wanted: str) -> Any:
             raise ValueError(f"{name} is {value!r}: a text in quotes is expected.")
         return value
     whole = wanted.startswith("int")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (whole and value != int(value)):
-        raise ValueError(f"{name} is {value!r}: a {'whole ' if whole else ''}number is expected.")
-    if not math.isfinite(value):
+    expected = ValueError(f"{name} is {value!r}: a {'whole ' if whole else ''}number is expected.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise expected
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity, and whole numbers that no float holds
         raise ValueError(f"{name} is {value!r}: a finite number is expected.")
+    if whole and value != int(value):
+        raise expected
     return int(value) if whole else float(value)
+
+
+def _toml(value: object) -> str:
+    """JSON's numbers, strings, booleans and lists are TOML's too, but for surrogate pairs and a bare DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _changed(section: Any) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class Report:
         return " · ".join([*parts, *self.notes])
 
     def _why_nothing(self) -> str:
+        """What kept every evaluation from reuse; where changes were measured, the one that came closest."""
+        measured = [e for e in self.evaluations if e.change is not None]
+        if measured:
+            closest = min(measured, key=lambda e: e.change if e.change is not None else 0.0)
+            return f"closest was {closest.reason}"
         reasons = [e.reason for e in self.evaluations if e.reason not in ("first", "last", "fresh lane")]
         if not reasons:
             return "too few steps"

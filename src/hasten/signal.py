@@ -19,9 +19,7 @@ def relative_l1(now: Tensor, before: Tensor, *, relative_to: str = "previous") -
     Source: First Block Cache, ParaAttention (2024); TeaCache (arXiv 2411.19108).
     """
     if now.shape != before.shape:
-        raise ValueError(
-            f"tensors of shapes {tuple(now.shape)} and {tuple(before.shape)} cannot be compared."
-        )
+        raise ValueError(f"tensors of shapes {tuple(now.shape)} and {tuple(before.shape)} cannot be compared.")
     moved = mean_abs(now - before)
     scale = mean_abs(before if relative_to == "previous" else now)
     # 0 over 0 is no change; anything over 0 stays infinite and forces compute.

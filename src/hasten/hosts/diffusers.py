@@ -253,6 +253,7 @@ class Accelerated:
         self.watch: Watch | None = None
         self._handle: Handle | None = None
         self._scheduler: Any = None
+        self._before: dict[str, Any] = {}
         self._replaced: dict[str, Any] = {}
 
     @property
@@ -285,6 +286,7 @@ class Accelerated:
     def _watch(self, scheduler: Any, handle: Handle) -> None:
         """Sees runs begin and steps end on this scheduler instance; its class is left alone."""
         self._scheduler = scheduler
+        self._before = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
         self._replaced = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         schedule: list[float] = []

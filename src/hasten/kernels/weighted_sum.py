@@ -91,7 +91,7 @@ def triton_kernel() -> Any:
     @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
     def sum_terms(  # type: ignore[no-untyped-def]
         out, base, d0, d1, d2, d3, d4, d5, d6, d7, w0, w1, w2, w3, w4, w5, w6, w7, count,
-        TERMS: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+        TERMS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count

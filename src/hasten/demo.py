@@ -1,0 +1,125 @@
+"""The first thing a newcomer runs: a small FLUX drawn under every shipped recipe, beside itself.
+
+It chooses prompts, sizes and recipes, and gathers what page.py and sheet.py show; a Painter draws.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hasten
+from hasten.compare import Progress, compare_recipes, warm_up
+from hasten.generate import png
+from hasten.machine import machine_words
+from hasten.output import check_folder, write_files
+from hasten.painter import Painter, Request
+from hasten.recipe import Recipe, recipe_names
+from hasten.showing import Average, Showing, averages
+
+PROMPTS = (
+    "a red apple on a blue table",
+    "a yellow circle above a green square",
+    "the letter A on the left, a blue ball on the right",
+    "a small orange triangle on a white background",
+    "a purple star below a pink heart",
+    "a green cube on a yellow table",
+)
+# The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
+QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 20
+FULL_SIDE, FULL_STEPS = 256, 28
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that the page and the sheet show."""
+
+    painter: Painter
+    showings: list[Showing]
+    descriptions: dict[str, str]
+
+    @property
+    def averages(self) -> list[Average]:
+        """One line for each way of drawing, averaged over the prompts."""
+        return averages(self.showings)
+
+    @property
+    def circumstances(self) -> str:
+        """The machine and the settings in one line: no figure means anything without them."""
+        request = self.showings[0].request
+        return " · ".join(
+            [
+                self.painter.model,
+                machine_words(self.painter.device),
+                self.painter.dtype,
+                request.size,
+                f"{request.steps} steps",
+                f"guidance {request.guidance:g}",
+                f"seed {request.seed}",
+                f"hasten {hasten.__version__}",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without the pictures."""
+        return {
+            "schema": 1,
+            "version": hasten.__version__,
+            "model": self.painter.model,
+            "device": self.painter.device,
+            "dtype": self.painter.dtype,
+            "averages": [average.to_dict() for average in self.averages],
+            "showings": [showing.to_dict() for showing in self.showings],
+        }
+
+
+def run_demo(painter: Painter, *, full: bool = False, progress: Progress | None = None) -> Demo:
+    """Draws every prompt plainly, under each shipped recipe, and in as many plain steps as each one computed."""
+    side, steps = (FULL_SIDE, FULL_STEPS) if full else (QUICK_SIDE, QUICK_STEPS)
+    prompts = PROMPTS if full else PROMPTS[:QUICK_PROMPTS]
+    requests = [Request(prompt, steps=steps, width=side, height=side) for prompt in prompts]
+    return show(painter, requests, recipe_names(), progress=progress)
+
+
+def show(
+    painter: Painter, requests: Sequence[Request], names: Sequence[str], *, progress: Progress | None = None
+) -> Demo:
+    """Draws each request plainly and under each recipe. names: shipped names or files."""
+    if not names:
+        raise ValueError("there is no recipe to show: hasten's recipes folder is empty; reinstall hasten.")
+    recipes = [(str(name), Recipe.load(name)) for name in names]
+    recipes = [(recipe.name or name, recipe) for name, recipe in recipes]
+    warm_up(painter, requests[0], recipes[0][1])
+    showings = [Showing(r, compare_recipes(painter, r, recipes, progress=progress)) for r in requests]
+    return Demo(painter, showings, {name: recipe.description for name, recipe in recipes})
+
+
+def write_demo(demo: Demo, folder: Path) -> tuple[Path, Path]:
+    """The paths of the page and of the contact sheet, both written, or none. Raises OSError."""
+    from hasten.page import page
+
+    index, sheet = folder / "index.html", folder / "contact-sheet.png"
+    write_files({index: page(demo).encode(), sheet: png(sheet_of(demo)), folder / "demo.json": demo_json(demo)})
+    return index, sheet
+
+
+def demo_json(demo: Demo) -> bytes:
+    """The figures of the page as JSON."""
+    return (json.dumps(demo.to_dict(), indent=2, allow_nan=False) + "\n").encode()
+
+
+def sheet_of(demo: Demo) -> Any:
+    """The contact sheet, a PIL image."""
+    from hasten.sheet import contact_sheet
+
+    return contact_sheet(demo.showings, title="hasten: the same seed, computed less", subtitle=demo.circumstances)
+
+
+def check_demo_folder(folder: Path) -> None:
+    """Returns when the demo can be written there. Raises OSError."""
+    if folder.is_file():
+        raise OSError(f"the output folder {folder} is a file: choose another folder.")
+    check_folder(folder)

@@ -1,0 +1,143 @@
+"""One command's worth of pictures: drawn, measured beside the plain run when asked, and written with their story.
+
+It knows requests, drawings and files; which host draws is the painter's affair.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hasten
+from hasten.compare import Progress, Row, compare_recipes, draw, warm_up
+from hasten.output import check_writable, write_files
+from hasten.painter import Drawing, Painter, Request
+from hasten.recipe import Recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+REPORT_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The drawing, its report file's content, and its row beside the plain run when that was drawn too."""
+
+    drawing: Drawing
+    report: dict[str, Any]
+    row: Row | None = None
+
+
+def picture_paths(out: Path, batch: int) -> list[Path]:
+    """FILE.png, FILE-2.png, FILE-3.png ... for a batch."""
+    return [out, *(out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(2, batch + 1))]
+
+
+def check_outputs(out: Path, report: Path | None, batch: int) -> None:
+    """Returns when the pictures and the report can be written. Raises ValueError or OSError; nothing is left."""
+    for path in picture_paths(out, batch):
+        check_writable(path, suffix=".png")
+    if report is not None:
+        if report.suffix.lower() == ".png":
+            raise ValueError(f"the report file {report} ends in .png: it is JSON, so give a name such as report.json.")
+        check_writable(report)
+
+
+def generate(
+    painter: Painter,
+    request: Request,
+    recipe: Recipe,
+    *,
+    compare: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Draws the request under the recipe; with `compare` also plainly, and plainly in as many steps as were computed.
+
+    What is timed is denoising and decoding. Alone there is no warm-up; compared, a short one comes first, so that
+    the plain run does not pay for what happens only once.
+    """
+    name = recipe.name or "recipe"
+    if not compare:
+        drawing = draw(painter, request, recipe, name, progress)
+        return Outcome(drawing, report_of(painter, request, recipe, drawing))
+    warm_up(painter, request, recipe)
+    baseline, row = compare_recipes(painter, request, [(name, recipe)], progress=progress)
+    report = report_of(painter, request, recipe, row.drawing)
+    assert row.fewer is not None, "a recipe's row carries its rival"
+    report |= {
+        "baseline_wall_s": baseline.drawing.wall_s,
+        "speedup": row.speedup,
+        **row.likeness.to_dict(),
+        "fewer_steps": {
+            "steps": row.fewer.steps,
+            "wall_s": row.fewer.drawing.wall_s,
+            **row.fewer.likeness.to_dict(),
+        },
+    }
+    return Outcome(row.drawing, report, row)
+
+
+def report_of(painter: Painter, request: Request, recipe: Recipe, drawing: Drawing) -> dict[str, Any]:
+    """The report file's content; every key is always there. wall_s is denoising and decoding, in seconds."""
+    run = drawing.report.to_dict()
+    return {
+        "schema": REPORT_SCHEMA,
+        "version": hasten.__version__,
+        "model": painter.model,
+        "device": painter.device,
+        "dtype": painter.dtype,
+        "size": request.size,
+        "steps": request.steps,
+        "seed": request.seed,
+        "recipe": recipe.to_dict(),
+        "evaluations": run["evaluations"],
+        "computed": run["computed"],
+        "reused": run["reused"],
+        "wall_s": drawing.wall_s,
+        "cache_mib": run["cache_mib"],
+    }
+
+
+def story(painter: Painter, request: Request, recipe: Recipe) -> dict[str, str]:
+    """What a PNG says of itself: all that is needed to draw it again. For one picture, not for a batch."""
+    return {
+        "Software": f"hasten {hasten.__version__}",
+        "prompt": request.prompt,
+        "seed": str(request.seed),
+        "recipe": json.dumps(recipe.to_dict()),
+        "version": hasten.__version__,
+        "steps": str(request.steps),
+        "guidance": str(request.guidance),
+        "size": request.size,
+        "model": painter.model,
+    }
+
+
+def png(image: Image, texts: dict[str, str] | None = None) -> bytes:
+    """The picture as a PNG file's bytes, with `texts` as its metadata in UTF-8."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in (texts or {}).items():
+        info.add_itxt(key, text)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def write_outcome(
+    outcome: Outcome, painter: Painter, request: Request, recipe: Recipe, *, out: Path, report: Path | None
+) -> list[Path]:
+    """The paths of the pictures and of the report, all of them written, or none. Raises OSError."""
+    contents: dict[Path, bytes] = {}
+    paths = picture_paths(out, request.batch)
+    for path, seed, image in zip(paths, request.seeds, outcome.drawing.images, strict=True):
+        contents[path] = png(image, story(painter, replace(request, seed=seed, batch=1), recipe))
+    if report is not None:
+        contents[report] = (json.dumps(outcome.report, indent=2, allow_nan=False) + "\n").encode()
+    write_files(contents)
+    return list(contents)

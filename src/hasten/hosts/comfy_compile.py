@@ -1,0 +1,83 @@
+"""comfy_compile.py: torch.compile of a model's blocks, and weight-only quantisation of a VAE's copy, for ComfyUI.
+
+Blocks alone are compiled, through ComfyUI's own wrapper, so that LoRAs keep their keys, gates stay outside the graph and
+nothing shared is touched. Quantisation is for a copy of the VAE: the one that was loaded stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+BACKEND = "inductor"
+STACKS = ("double_blocks", "single_blocks", "blocks", "transformer_blocks", "joint_blocks", "layers")
+
+
+def backends() -> list[str]:
+    """torch.compile's back-ends on this machine, the usual one first."""
+    return [BACKEND, *(name for name in torch.compiler.list_backends() if name != BACKEND)]
+
+
+def cannot_compile(backend: str) -> str | None:
+    """Why torch.compile cannot work here, in a sentence without its full stop, or None when it can."""
+    if backend != BACKEND:
+        return None
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile needs the package triton on this machine, the model is not compiled"
+    elif not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return "torch.compile needs a C++ compiler on this machine, the model is not compiled"
+    return None
+
+
+def block_keys(model: Any) -> list[str]:
+    """The names of a model's transformer blocks, as ComfyUI addresses them; empty for a network without any."""
+    network = model.model.diffusion_model
+    return [
+        f"diffusion_model.{stack}.{index}"
+        for stack in STACKS
+        if isinstance(getattr(network, stack, None), nn.ModuleList)
+        for index in range(len(getattr(network, stack)))
+    ]
+
+
+def compile_blocks(
+    model: Any, *, backend: str = BACKEND, dynamic: bool | None = True, fullgraph: bool = False
+) -> tuple[Any, str]:
+    """A clone of `model` with its blocks compiled at the first run, or as it is, and what to say on the node."""
+    reason = cannot_compile(backend)
+    keys = block_keys(model)
+    if reason is None and not keys:
+        reason = f"{type(model.model.diffusion_model).__name__} has no list of blocks, it is not compiled"
+    if reason is not None:
+        return model, reason
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone()
+    set_torch_compile_wrapper(clone, backend=backend, keys=keys, dynamic=dynamic, fullgraph=fullgraph)
+    return clone, f"{len(keys)} blocks are compiled as they first run ({backend})"
+
+
+def quantise_vae(vae: Any) -> tuple[Any, str]:
+    """A copy of `vae` with its linear layers' weights in 8 bits, or `vae` itself, and what to say on the node."""
+    layers = [m for m in vae.first_stage_model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        return vae, "this VAE has no linear layers, it is not quantised"
+    if any(layer.weight.dtype.itemsize == 1 for layer in layers):
+        return vae, "this VAE is quantised already"
+    if importlib.util.find_spec("torchao") is None:
+        return vae, "the package torchao is not installed, the VAE is not quantised"
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    fp8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    own = copy.copy(vae)
+    own.first_stage_model = copy.deepcopy(vae.first_stage_model)
+    patcher = vae.patcher
+    own.patcher = type(patcher)(own.first_stage_model, patcher.load_device, patcher.offload_device)
+    quantize_(own.first_stage_model, Float8WeightOnlyConfig() if fp8 else Int8WeightOnlyConfig())
+    return own, f"{len(layers)} layers of the VAE's copy are kept in {'fp8' if fp8 else 'int8'}"

@@ -1,0 +1,205 @@
+"""A model's name, folder or files -> a painter, with everything that can be wrong said before the long part.
+
+It knows where models lie and what a FLUX folder must hold; single files are put together in singlefiles.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hasten.machine import first_line
+from hasten.painter import FluxPainter, quiet_logs
+from hasten.singlefiles import check_files, load_files
+from hasten.weights import read_header
+
+SHIPPED_MODEL = "flux-nano"
+# Those that draw from words alone with the weights of a FluxPipeline.
+TEXT_TO_IMAGE = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
+COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+FLUX_TEXT_WIDTH = 4096  # of T5-xxl, which every FLUX.1 reads; a narrower one is a small FLUX such as flux-nano
+SMALL, LARGE = (256, 64), (1024, 512)  # pixels a side, T5 tokens
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where the weights come from: a folder or hub name, or ComfyUI-style single files."""
+
+    name: str | None = None
+    transformer: Path | None = None
+    vae: Path | None = None
+    clip_l: Path | None = None
+    t5xxl: Path | None = None
+    tokenizers: str | None = None
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The single files by the part of FLUX that they hold; empty for a folder or a hub name."""
+        given = {kind: getattr(self, kind) for kind in ("transformer", "vae", "clip_l", "t5xxl")}
+        if self.name and Path(self.name).suffix.lower() == ".safetensors":
+            given["transformer"] = given["transformer"] or Path(self.name)
+        return {kind: path for kind, path in given.items() if path is not None}
+
+
+def check_model(model: Model) -> None:
+    """Returns when the weights are there and look whole; only headers and small JSON files are read.
+
+    Raises ValueError or FileNotFoundError with one sentence. A hub name is not asked for here.
+    """
+    files = model.files
+    if files:
+        check_files(files)
+        return
+    folder = _folder_of(model.name)
+    if folder is not None:
+        _check_folder(folder)
+
+
+def load_painter(model: Model, *, device: Any, dtype: Any) -> FluxPainter:
+    """A painter with the model on the device, ready to draw. Raises ValueError or OSError with one sentence."""
+    check_model(model)
+    folder = None if model.files else _local_folder(model.name)
+    with quiet_logs():
+        pipe = load_files(model.files, model.tokenizers, dtype) if folder is None else _from_folder(folder, dtype)
+    _check_text_to_image(pipe, model)
+    _place(pipe, device)
+    # Our own bars are drawn by the command line.
+    pipe.set_progress_bar_config(disable=True)
+    return FluxPainter(pipe, model=model_label(model), text_tokens=_habits(pipe)[1])
+
+
+def default_side(painter: FluxPainter) -> int:
+    """How many pixels a side a picture has when no size is asked for: 256 for a small FLUX, else 1024."""
+    return _habits(painter.pipe)[0]
+
+
+def model_label(model: Model) -> str:
+    """The model as reports name it: a shipped or hub name as it is, a folder or file by its last part."""
+    files = model.files
+    if files:
+        return files["transformer"].name
+    name = model.name or SHIPPED_MODEL
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _habits(pipe: Any) -> tuple[int, int]:
+    return SMALL if pipe.transformer.config.joint_attention_dim < FLUX_TEXT_WIDTH else LARGE
+
+
+def _folder_of(name: str | None) -> Path | None:
+    """The folder that `name` means, or None when it can only be a hub name."""
+    from hasten.data import models_folder
+
+    if name is None:
+        return models_folder() / SHIPPED_MODEL
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"the model {name} is a file but no .safetensors file: give a folder or safetensors files.")
+    shipped = sorted(child.name for child in models_folder().iterdir() if child.is_dir())
+    if name in shipped:
+        return models_folder() / name
+    if name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not path.parent.exists():
+        return None
+    raise ValueError(
+        f"there is no model {name!r}: give a diffusers folder, a hub name such as black-forest-labs/FLUX.1-dev, "
+        f"safetensors files, or {' or '.join(shipped) or 'a shipped name'}."
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} is no diffusers model: it has no model_index.json.")
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        kind = listed.get("_class_name")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{index} is not valid JSON: download the model again.") from None
+    _check_class(kind, str(folder))
+    for name in COMPONENTS:
+        entry = listed.get(name) or [None, None]
+        if entry[1] is None or not (folder / name).is_dir():
+            raise ValueError(f"{folder} has no {name}: a FLUX model needs it; download the model again.")
+    for component in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        _check_weights(folder / component)
+
+
+def _check_weights(folder: Path) -> None:
+    """Each shard that the component's index names, or the weights that lie there, whole by its header."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            read_header(folder / shard)
+        return
+    found = sorted(folder.glob("*.safetensors"))
+    if not found and not list(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has no weights: download the model again.")
+    for path in found:
+        read_header(path)
+
+
+def _check_class(kind: object, where: str) -> None:
+    if kind not in TEXT_TO_IMAGE:
+        raise ValueError(
+            f"{where} is a {kind or 'model of unknown class'}, no FLUX that draws from text: give a FluxPipeline."
+        )
+
+
+def _local_folder(name: str | None) -> Path:
+    """The model's folder on this machine; a hub name is downloaded first, in sight."""
+    folder = _folder_of(name)
+    if folder is not None:
+        return folder
+    assert name is not None, "the shipped model is a folder"
+    from diffusers import FluxPipeline
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        _check_class(FluxPipeline.load_config(name).get("_class_name"), name)
+        return Path(FluxPipeline.download(name))
+    except (OSError, HfHubHTTPError) as error:
+        raise OSError(
+            f"{name} cannot be had from the hub ({first_line(error)}): check the name, the network, and for a gated "
+            "model `hf auth login`; or give a folder."
+        ) from None
+
+
+def _from_folder(folder: Path, dtype: Any) -> Any:
+    import diffusers
+
+    # Since 0.42 `dtype`, and a warning about `torch_dtype`; before, only the latter.
+    word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    try:
+        return diffusers.FluxPipeline.from_pretrained(folder, local_files_only=True, **{word: dtype})
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a FLUX model: {first_line(error)}.") from error
+
+
+def _check_text_to_image(pipe: Any, model: Model) -> None:
+    channels, latents = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
+    if channels != 4 * latents:
+        raise ValueError(
+            f"{model_label(model)} takes {channels} channels where text-to-image has {4 * latents}: "
+            "it is a fill or control model, which needs a picture; use it from Python."
+        )
+
+
+def _place(pipe: Any, device: Any) -> None:
+    """Moves the model to the device; on a GPU that is too small, part after part as each is needed."""
+    import torch
+
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    needed = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    # A fifth for activations and the cache.
+    if device.type == "cuda" and needed > 0.8 * torch.cuda.mem_get_info(device)[0]:
+        pipe.enable_model_cpu_offload(device=device)
+        return
+    try:
+        pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"the model takes {needed / 2**30:.1f} GiB, more than {device} has free: try --device cpu."
+        ) from None

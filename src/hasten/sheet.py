@@ -1,0 +1,132 @@
+"""The contact sheet: every picture of a comparison on one labelled sheet, for eyes and for a README.
+
+It knows rows of a comparison and how to lay them out; nothing of hosts or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hasten.compare import Row
+from hasten.showing import Showing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+CELL = 256  # pixels across a picture
+GAP = 20
+MARGIN = 40
+CAPTION = 84  # pixels under a picture: name, figures, strip
+
+PAPER, INK, MUTED, RULE = "#faf9f7", "#1c1b1a", "#6d6a65", "#e3e0da"
+COMPUTED, REUSED = "#1f6f5c", "#cfe3da"
+PARTIAL = "#7fb3a1"
+COLOURS = {"C": COMPUTED, "P": PARTIAL, ".": REUSED}
+
+
+def contact_sheet(showings: Sequence[Showing], *, title: str, subtitle: str) -> Image:
+    """One sheet: a column for the plain run and each recipe, and under each recipe its rival in plain steps."""
+    from PIL import Image, ImageDraw
+
+    columns = max(len(showing.rows) for showing in showings)
+    width = 2 * MARGIN + columns * CELL + (columns - 1) * GAP
+    heights = [_height(showing) for showing in showings]
+    sheet = Image.new("RGB", (width, MARGIN + 84 + sum(heights) + MARGIN), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN - 8), title, INK, font=_font(30))
+    pen.text((MARGIN, MARGIN + 34), _fitted(pen, subtitle, width - 2 * MARGIN, 15), MUTED, font=_font(15))
+    y = MARGIN + 84
+    for showing, height in zip(showings, heights, strict=True):
+        _showing(sheet, pen, showing, y, width)
+        y += height
+    return sheet
+
+
+def _showing(sheet: Image, pen: ImageDraw, showing: Showing, y: int, width: int) -> None:
+    pen.line((MARGIN, y, width - MARGIN, y), RULE, 1)
+    words = f"“{showing.request.prompt}”"
+    pen.text((MARGIN, y + 14), _fitted(pen, words, width - 2 * MARGIN, 20), INK, font=_font(20))
+    top = y + 54
+    side = _picture_height(showing)
+    for column, row in enumerate(showing.rows):
+        x = MARGIN + column * (CELL + GAP)
+        _cell(sheet, pen, row, x, top, side)
+        if row.fewer is not None:
+            _cell(sheet, pen, row.fewer, x, top + side + CAPTION, side)
+    if any(row.fewer for row in showing.rows):
+        _legend(pen, MARGIN, top + side + CAPTION, showing)
+
+
+def _cell(sheet: Image, pen: ImageDraw, row: Row, x: int, y: int, side: int) -> None:
+    from PIL.Image import Resampling
+
+    picture = row.drawing.images[0].convert("RGB").resize((CELL, side), Resampling.LANCZOS)
+    sheet.paste(picture, (x, y))
+    report = row.drawing.report
+    evaluations = len(report.evaluations) or row.steps
+    figures = f"{row.computed} of {evaluations} computed · {row.drawing.wall_s:.1f} s"
+    likeness = f"{row.likeness.psnr_words} · SSIM {row.likeness.ssim:.3f}"
+    if row.kind == "baseline":
+        likeness = "the measure of the others"
+    else:
+        figures += f" · {row.speedup:.1f}x"
+    _strip(pen, row.strip, x, y + side + 6)
+    pen.text((x, y + side + 18), row.name, INK if row.kind != "fewer" else MUTED, font=_font(17))
+    pen.text((x, y + side + 40), _fitted(pen, figures, CELL, 13), MUTED, font=_font(13))
+    pen.text((x, y + side + 57), _fitted(pen, likeness, CELL, 13), MUTED, font=_font(13))
+
+
+def _strip(pen: ImageDraw, strip: str, x: int, y: int) -> None:
+    """A bar as wide as the picture, one cell for each evaluation."""
+    if not strip:
+        return
+    step = CELL / len(strip)
+    for i, letter in enumerate(strip):
+        pen.rectangle((x + round(i * step), y, x + round((i + 1) * step) - 2, y + 6), COLOURS[letter])
+
+
+def _legend(pen: ImageDraw, x: int, y: int, showing: Showing) -> None:
+    """The corner under the plain run, where no rival stands."""
+    lines = [
+        "Upper row: the same seed,",
+        f"{showing.request.steps} steps, some of them reused.",
+        "Lower row: nothing reused,",
+        "only as many steps as were",
+        "computed above.",
+        "",
+        "dB and SSIM: nearness to the",
+        "uncached picture; more is nearer.",
+    ]
+    for i, line in enumerate(lines):
+        pen.text((x, y + 4 + i * 20), line, MUTED, font=_font(14))
+    top = y + 4 + len(lines) * 20 + 10
+    for i, (colour, word) in enumerate(((COMPUTED, "computed"), (REUSED, "reused"))):
+        pen.rectangle((x + i * 110, top + 4, x + 16 + i * 110, top + 10), colour)
+        pen.text((x + 24 + i * 110, top - 2), word, MUTED, font=_font(14))
+
+
+def _height(showing: Showing) -> int:
+    lines = 2 if any(row.fewer for row in showing.rows) else 1
+    return 54 + lines * (_picture_height(showing) + CAPTION) + 16
+
+
+def _picture_height(showing: Showing) -> int:
+    return round(CELL * showing.request.height / showing.request.width)
+
+
+def _fitted(pen: ImageDraw, text: str, width: int, size: int) -> str:
+    """The text, cut with an ellipsis where it is wider than that many pixels."""
+    if pen.textlength(text, font=_font(size)) <= width:
+        return text
+    while text and pen.textlength(text + "…", font=_font(size)) > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _font(size: int) -> Any:
+    """Pillow's own face, so that the sheet looks alike on every machine."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)

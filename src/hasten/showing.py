@@ -1,0 +1,75 @@
+"""What is shown of comparisons: several requests, each drawn in the same ways, and their averages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
+from typing import Any
+
+from hasten.compare import Row
+from hasten.painter import Request
+
+
+@dataclass(frozen=True)
+class Showing:
+    """One request drawn in several ways: what a page, a sheet or a table shows of it. Row 0 is the baseline."""
+
+    request: Request
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without the pictures."""
+        keys = ("prompt", "size", "steps", "seed", "guidance")
+        plain = {key: getattr(self.request, key) for key in keys}
+        return plain | {"rows": [row.to_dict() for row in self.rows]}
+
+
+@dataclass(frozen=True)
+class Average:
+    """The same row of several showings, averaged. psnr_db is None when every picture was identical."""
+
+    name: str
+    steps: float
+    computed: float
+    wall_s: float
+    speedup: float
+    psnr_db: float | None
+    ssim: float
+    cache_mib: float
+    fewer: Average | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Average:
+        """The mean of the rows; identical pictures, being infinitely near, are left out of the mean PSNR."""
+        distances = [row.likeness.psnr_db for row in rows if row.likeness.psnr_db is not None]
+        fewer = [row.fewer for row in rows if row.fewer is not None]
+        return cls(
+            name=rows[0].name if rows[0].kind != "fewer" else "plain steps",
+            steps=fmean(row.steps for row in rows),
+            computed=fmean(row.computed for row in rows),
+            wall_s=fmean(row.drawing.wall_s for row in rows),
+            speedup=fmean(row.speedup for row in rows),
+            psnr_db=fmean(distances) if distances else None,
+            ssim=fmean(row.likeness.ssim for row in rows),
+            cache_mib=fmean(row.drawing.report.cache_mib for row in rows),
+            fewer=cls.of(fewer) if fewer else None,
+        )
+
+    @property
+    def psnr_words(self) -> str:
+        """As people read it: "34.2 dB", or "identical"."""
+        return "identical" if self.psnr_db is None else f"{self.psnr_db:.1f} dB"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fewer"}
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in plain.items()}
+        if self.psnr_db is None:
+            rounded["identical"] = True
+        return rounded | ({"fewer_steps": self.fewer.to_dict()} if self.fewer else {})
+
+
+def averages(showings: Sequence[Showing]) -> list[Average]:
+    """One average for each way of drawing; every showing has the same ways in the same order."""
+    return [Average.of(rows) for rows in zip(*(showing.rows for showing in showings), strict=True)]
