@@ -7,27 +7,40 @@ up for a reused one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from threading import RLock
 
 import torch
 from torch import Tensor
 
 from hasten.kernels.weighted_sum import weighted_sum
-from hasten.lane import Ongoing, Row
+from hasten.lane import Ongoing, Row, Watch
+from hasten.plan import Plan
 from hasten.policy import Decision
-from hasten.report import Clock
+from hasten.predict import Predictor
+from hasten.recipe import Cache
+from hasten.report import Clock, Report
 from hasten.signal import largest, mean_abs, relative_l1
 
-if TYPE_CHECKING:
-    from hasten.session import Session
+
+@dataclass(frozen=True)
+class Terms:
+    """What every call of a run works under. lock: calls of one evaluation may run side by side, each in its thread."""
+
+    cache: Cache
+    plan: Plan
+    predictor: Predictor
+    report: Report
+    watch: Watch | None = None
+    lock: RLock = field(default_factory=RLock)  # type: ignore[valid-type]
 
 
 class Call:
     """One model call of an evaluation, with its lanes' rows; gates act through it."""
 
-    def __init__(self, session: Session, ongoing: Ongoing, rows: list[Row]) -> None:
-        self.session, self.ongoing, self.rows = session, ongoing, rows
-        self.plan = session.plan
+    def __init__(self, terms: Terms, ongoing: Ongoing, rows: list[Row]) -> None:
+        self.terms, self.ongoing, self.rows = terms, ongoing, rows
+        self.plan = terms.plan
         self.standing_in = False
         self.excuse = ""
         self.clock = Clock()
@@ -50,7 +63,7 @@ class Call:
         now = self._signal(seam, self._kept[seam], modulated)
         ongoing = self.ongoing
         fresh = any(not row.lane.at(seam).deltas for row in self.rows)
-        with self.session.lock:
+        with self.terms.lock:
             if ongoing.decision is None:
                 self._decide(seam, now, fresh)
             elif ongoing.decision is Decision.REUSE and seam == ongoing.seam:
@@ -62,7 +75,7 @@ class Call:
         """After the span's last block was run: each seam's delta goes into its lanes' histories."""
         if self.ongoing.decision is None:
             self.settle(Decision.COMPUTE, reason=self.ongoing.reason or "computed")
-        cache = self.session.recipe.cache
+        cache = self.terms.cache
         image = image.detach()
         sigma = self.ongoing.moment.sigma
         for seam, kept in self._kept.items():
@@ -75,9 +88,9 @@ class Call:
             for row in self.rows:
                 own = delta if len(self.rows) == 1 else delta[row.rows].clone()
                 history = row.lane.at(seam)
-                if self.session.watch is not None:
-                    self.session.watch(self.ongoing.moment, history, own)
-                history.remember(sigma, own, self.session.predictor.window)
+                if self.terms.watch is not None:
+                    self.terms.watch(self.ongoing.moment, history, own)
+                history.remember(sigma, own, self.terms.predictor.window)
         self._kept.clear()
 
     def stand_in(self) -> Tensor:
@@ -95,7 +108,7 @@ class Call:
 
     def _plan_memory(self, image: Tensor) -> None:
         """Adds to the report what each new lane will come to keep, before it does."""
-        cache, plan = self.session.recipe.cache, self.plan
+        cache, plan = self.terms.cache, self.plan
         size = 4 if cache.dtype == "float32" else image.element_size()
         compared = image.element_size() if self.ongoing.policy.needs_change else 0
         if plan.whole_model:
@@ -104,12 +117,12 @@ class Call:
         for row in self.rows:
             if not row.lane.planned:
                 row.lane.planned = True
-                planned = each * (size * self.session.predictor.window + compared)
-                self.session.report.cache_mib_planned += planned / 2**20
+                planned = each * (size * self.terms.predictor.window + compared)
+                self.terms.report.cache_mib_planned += planned / 2**20
 
     def _predicted(self, row: Row, base: Tensor) -> Tensor:
         history = row.lane.at(self._seam)
-        weights = self.session.predictor.weights(history.sigmas, self.ongoing.moment)
+        weights = self.terms.predictor.weights(history.sigmas, self.ongoing.moment)
         deltas = [d.to(base.device) for d, w in zip(history.deltas, weights, strict=True) if w != 0.0]
         return weighted_sum(base, deltas, [w for w in weights if w != 0.0])
 
@@ -151,7 +164,7 @@ class Call:
 
     def _follow(self, seam: int, fresh: bool) -> None:
         if fresh:
-            self.session.report.note("a lane without history computed while another reused")
+            self.terms.report.note("a lane without history computed while another reused")
             return
         self._seam = seam
         self.standing_in = True
@@ -163,13 +176,13 @@ class Call:
             before = row.lane.at(seam).reference
             if now is None or before is None:
                 return None
-            relative_to = self.session.recipe.cache.relative_to
+            relative_to = self.terms.cache.relative_to
             changes.append(relative_l1(now[row.rows], before, relative_to=relative_to))
         return largest(changes)
 
     def _refer(self, seam: int, now: Tensor | None) -> None:
         """Keeps the signal as the next one to compare with: always the latest, or the last computed one."""
-        if now is None or (self.standing_in and not self.session.recipe.cache.compares_with_latest()):
+        if now is None or (self.standing_in and not self.terms.cache.compares_with_latest()):
             return
         for row in self.rows:
             shared = len(self.rows) > 1 or self.plan.signal == "output"
@@ -184,10 +197,10 @@ class Call:
         if ongoing.decision is None:
             self._decide_model(x, fresh)
         if ongoing.decision is Decision.REUSE and fresh:
-            self.session.report.note("a lane without history computed while another reused")
+            self.terms.report.note("a lane without history computed while another reused")
         elif ongoing.decision is Decision.REUSE:
             self.standing_in = True
-        if self.session.recipe.cache.compares_with_latest() or not self.standing_in:
+        if self.terms.cache.compares_with_latest() or not self.standing_in:
             for row in self.rows:
                 row.lane.input = x[row.rows].clone()
         self._plan_memory(x)

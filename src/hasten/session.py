@@ -7,17 +7,16 @@ a fresh lane always computes. A session knows tensors and sigmas; it knows no ho
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from threading import RLock
 
 import torch
 from torch import Tensor
 
-from hasten.call import Call
+from hasten.call import Call, Terms
 from hasten.lane import Lane, Ongoing, Row, Watch
 from hasten.moment import Moment, Timeline
 from hasten.plan import Plan
 from hasten.policy import Decision, Policy, make_policy
-from hasten.predict import Predictor, make_predictor
+from hasten.predict import make_predictor
 from hasten.recipe import Recipe
 from hasten.report import Evaluation, Report
 
@@ -32,9 +31,9 @@ class Session:
     def __init__(self, recipe: Recipe, plan: Plan, sigmas: Sequence[float], *, watch: Watch | None = None) -> None:
         self.recipe, self.plan = recipe, plan
         self.timeline = Timeline(sigmas)
-        self.predictor: Predictor = make_predictor(recipe.cache, self.timeline)
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
-        self.watch = watch
+        predictor = make_predictor(recipe.cache, self.timeline)
+        self._terms = Terms(recipe.cache, plan, predictor, self.report, watch)
         self._lanes: dict[Hashable, Lane] = {}
         self._policies: dict[int, Policy] = {}
         self._held: dict[int, object] = {}
@@ -42,8 +41,6 @@ class Session:
         self._ongoing: Ongoing | None = None
         self._moved_on = False
         self._count = 0
-        # Hosts may run an evaluation's calls on several devices at once, each in its thread.
-        self.lock = RLock()
 
     def identity(self, condition: object) -> int:
         """A key for an object, which the session keeps alive so that the key stays its own."""
@@ -67,7 +64,7 @@ class Session:
         like: the model's input, (B, ...), for its shape, dtype and device. sigma: the schedule's entry when the host
         knows it, else the model's argument with the dtype it was rounded in.
         """
-        with self.lock:
+        with self._terms.lock:
             ongoing = self._place(sigma, ROUNDING.get(rounded_in, 0.0), conditions)
             share = like.shape[0] // len(conditions)
             shape = (share, *like.shape[1:])
@@ -77,14 +74,14 @@ class Session:
                 key = (condition, ongoing.moment.ordinal, shape, like.dtype, like.device)
                 lane = self._lanes.setdefault(key, Lane())
                 rows.append(Row(lane, slice(i * share, (i + 1) * share)))
-        call = Call(self, ongoing, rows)
+        call = Call(self._terms, ongoing, rows)
         call.clock.start(like.device)
         return call
 
     def leave(self, call: Call) -> None:
         """Ends a call that came to its end; one that failed is simply dropped."""
         elapsed = call.clock.stop()
-        with self.lock:
+        with self._terms.lock:
             self._leave(call, elapsed)
 
     def _leave(self, call: Call, elapsed: Callable[[], float]) -> None:

@@ -54,6 +54,11 @@ class Slot:
         self._before = module._compiled_call_impl
         self._gated: Callable[..., Any] | None = None
 
+    @property
+    def compiled(self) -> bool:
+        """Whether calling the module without us would run a compiled call."""
+        return self._before is not None
+
     def inner(self, *args: Any, **kwargs: Any) -> Any:
         """What calling the module would do without us: its compiled call when it has one."""
         return (self._before or self.module._call_impl)(*args, **kwargs)
@@ -83,6 +88,7 @@ class Handle:
 
     def __init__(self, transformer: nn.Module, recipe: Recipe) -> None:
         self.transformer = _unwrapped(transformer)
+        self._door = transformer  # what is called: torch.compile's wrapper where there is one
         self.recipe = recipe
         self.plan = make_plan(recipe, anatomy_of(self.transformer))
         self.watch: Watch | None = None
@@ -93,7 +99,7 @@ class Handle:
         self._call: Call | None = None
         self._outside: Report | None = None
         self._slots: list[Slot] = []
-        if hasattr(self.transformer._compiled_call_impl, "hasten_handle"):
+        if any(hasattr(m._compiled_call_impl, "hasten_handle") for m in (self.transformer, self._door)):
             raise ValueError(
                 "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
                 "or remove the first handle, before applying another recipe."
@@ -138,6 +144,7 @@ class Handle:
     def await_run(self, sigmas: Callable[[], list[float]], sigma: Callable[[], float | None]) -> None:
         """Ends the run under way; the next call begins one along `sigmas()`, at `sigma()` where that is known."""
         self.end()
+        self._begun()
         self._awaited = lambda: Session(self.recipe, self.plan, sigmas(), watch=self.watch)
         self._sigma = sigma
 
@@ -156,12 +163,12 @@ class Handle:
                 self._finished.append(report)
 
     def _hang(self) -> None:
-        slot = Slot(self.transformer)
+        slot = Slot(self._door)
         self._slots.append(slot)
         gated = self._gated_model(slot)
         gated.hasten_handle = self  # type: ignore[attr-defined]
         slot.take(gated)
-        if not self.plan.seams and not self.plan.skip:
+        if self._compiled_whole() or (not self.plan.seams and not self.plan.skip):
             return
         blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]  # type: ignore[misc]
         for index, block in enumerate(blocks):
@@ -172,6 +179,14 @@ class Handle:
     def _begun(self) -> None:
         for slot in self._slots:
             slot.retake()
+        if self._compiled_whole():
+            for slot in self._slots[1:]:
+                slot.give_back()
+            del self._slots[1:]
+
+    def _compiled_whole(self) -> bool:
+        """Whether the model is one compiled graph, which gates around its blocks would be pulled into."""
+        return self._door is not self.transformer or any(slot.compiled for slot in self._slots[:1])
 
     def _gated_model(self, slot: Slot) -> Callable[..., Any]:
         signature = inspect.signature(self.transformer.forward)
@@ -194,6 +209,12 @@ class Handle:
                 sigma=float(timestep.flatten()[0]) if known is None else known,
                 rounded_in=timestep.dtype if known is None else torch.float32,
             )
+            if self._compiled_whole() and (self.plan.seams or self.plan.skip):
+                call.excuse = "compiled as a whole"
+                session.report.note(
+                    "the transformer is compiled as a whole and its blocks cannot be reached: "
+                    "compile the blocks instead, with transformer.compile_repeated_blocks()"
+                )
             try:
                 if self.plan.whole_model:
                     out = self._whole(call, x, lambda: slot.inner(*args, **kwargs), given.get("return_dict", True))
@@ -216,7 +237,7 @@ class Handle:
 
     def _gated_block(self, slot: Slot, gate: Gate) -> Callable[..., Any]:
         block = slot.module
-        names = list(inspect.signature(block.forward).parameters)
+        names = list(inspect.signature(_unwrapped(block).forward).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._call
@@ -254,7 +275,6 @@ class Accelerated:
         self._handle: Handle | None = None
         self._scheduler: Any = None
         self._before: dict[str, Any] = {}
-        self._replaced: dict[str, Any] = {}
 
     @property
     def reports(self) -> list[Report]:
@@ -275,7 +295,7 @@ class Accelerated:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, before in self._replaced.items():
+        for name, before in self._before.items():
             if before is None:
                 self._scheduler.__dict__.pop(name, None)
             else:  # another accelerated pipeline shares this scheduler
@@ -287,7 +307,6 @@ class Accelerated:
         """Sees runs begin and steps end on this scheduler instance; its class is left alone."""
         self._scheduler = scheduler
         self._before = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
-        self._replaced = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         schedule: list[float] = []
 
