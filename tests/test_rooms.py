@@ -30,7 +30,7 @@ MEMORY = ("lane", "call", "session", "gate", "report")
 TRANSFORMS = ("quantize", "compile", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
-HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.comfy_nodes", "hosts.sana")
+HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.sana")
 
 ROOMS = (
     Room(DATA),
@@ -55,11 +55,13 @@ ROOMS = (
         packages=("numpy", "torch", "safetensors", "PIL", "diffusers", "transformers", "accelerate"),
     ),
     Room(
-        ("hosts.comfy", "hosts.comfy_nodes"),
-        hasten=(*ENGINE, "hosts.comfy", "hosts.comfy_nodes", "__version__"),
+        ("hosts.comfy",),
+        hasten=(*ENGINE, "hosts.comfy", "__version__"),
         packages=(
             *("numpy", "torch", "safetensors", "PIL"),
             *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "node_helpers"),
+            "transformers",  # flux-nano's text encoders; ComfyUI brings it
+            *("torchao", "sageattention"),  # optional: their absence is a sentence on the node
         ),
     ),
     # What is parsed and printed, nothing that computes.
@@ -75,7 +77,9 @@ def room_of(module: str) -> Room | None:
 
 
 def under(module: str, prefix: str) -> bool:
-    return not prefix or module == prefix or module.startswith(prefix + ".")
+    """Whether `module` is `prefix` or lies in it; a host may have several modules (hosts.comfy, hosts.comfy_nodes)."""
+    within = (prefix + ".", prefix + "_") if prefix.startswith("hosts.") else (prefix + ".",)
+    return not prefix or module == prefix or module.startswith(within)
 
 
 def module_name(file: Path, source: Path) -> str:
@@ -150,6 +154,7 @@ def test_every_named_room_has_one_rule() -> None:
         ("hosts/comfy", "from hasten.hosts.diffusers import accelerate"),
         ("hosts/diffusers", "from .comfy import apply"),
         ("hosts/diffusers", "import comfy.sd"),
+        ("hosts/comfy_nodes", "import diffusers"),
         ("cli", "import torch"),
         ("doctor", "from hasten.hosts.diffusers import accelerate"),
         ("compare", "from hasten.hosts import comfy"),
