@@ -20,13 +20,14 @@ from hasten.painter import Painter, Request
 from hasten.recipe import Recipe, recipe_names
 from hasten.showing import Average, Showing, averages
 
+# In the words that flux-nano was taught: things, colours, places, grounds.
 PROMPTS = (
     "a red apple on a blue table",
-    "a yellow circle above a green square",
-    "the letter A on the left, a blue ball on the right",
-    "a small orange triangle on a white background",
-    "a purple star below a pink heart",
-    "a green cube on a yellow table",
+    "a yellow star above a purple heart on a green background",
+    "a fox face on a yellow gradient background",
+    "a large blue letter K on a dotted pink background",
+    "an octopus to the left of a watermelon",
+    "a small orange diamond in the bottom right corner on a grey background",
 )
 # The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
 QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 20

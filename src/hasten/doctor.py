@@ -249,7 +249,11 @@ def _scaled_works(dtype: Any, device: Any) -> str | None:
 
 
 def _import_failure(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except ValueError:
+        found = True  # a stub that someone put into sys.modules: importing it will tell
+    if not found:
         return "not installed"
     return _quietly(lambda: importlib.import_module(name))
 

@@ -35,6 +35,13 @@ COLUMNS = {
 }
 
 
+LEGEND = """<div class="legend">
+<p><i class="c"></i>computed</p>
+<p><i class="r"></i>reused</p>
+<p><i class="f"></i>plain, fewer steps</p>
+</div>"""
+
+
 def page(demo: Demo) -> str:
     """The whole page as HTML text."""
     steps = demo.showings[0].request.steps
@@ -82,11 +89,10 @@ change a little from run to run; the pictures do not.</footer>
 def _table(demo: Demo) -> str:
     """The averages over the prompts, one line for each way of drawing."""
     count = len(demo.showings)
-    over = f"mean of {count} prompts" if count > 1 else "one prompt"
+    over = f"Mean of {count} prompts" if count > 1 else "One prompt"
     lines = "\n".join(_table_line(average, demo.descriptions.get(average.name, "")) for average in demo.averages)
     return f"""<div class="scroll">
 <table>
-<caption>{over}; “plain steps” is the alternative without hasten: only as many steps as were computed</caption>
 <thead>
 <tr><th rowspan="2">recipe</th><th rowspan="2">computed</th><th rowspan="2">time</th><th rowspan="2">speed-up</th>
 <th colspan="2">nearness to the uncached picture</th><th colspan="2" class="rival">the same number of plain steps</th>
@@ -97,14 +103,18 @@ def _table(demo: Demo) -> str:
 {lines}
 </tbody>
 </table>
-</div>"""
+</div>
+<p class="under">{over}; “plain steps” is the alternative without hasten: only as many steps as were computed.
+▲ nearer than that, ▼ not.</p>"""
 
 
 def _table_line(average: Average, description: str) -> str:
     first = f'<th scope="row" title="{escape(description)}">{escape(average.name)}</th>'
     cost = f"<td>{average.computed:.3g} of {average.steps:.3g}</td><td>{average.wall_s:.2f} s</td>"
     if average.fewer is None:
-        return f'<tr>{first}{cost}<td>1</td><td colspan="4" class="none">the measure of the others</td><td></td></tr>'
+        return (
+            f'<tr>{first}{cost}<td>1.00x</td><td colspan="4" class="none">the measure of the others</td><td></td></tr>'
+        )
     fewer = average.fewer
     return (
         f"<tr>{first}{cost}<td>{average.speedup:.2f}x</td>"
@@ -134,10 +144,14 @@ def _section(demo: Demo, showing: Showing) -> str:
     return f"""<section>
 <h2><q>{escape(showing.request.prompt)}</q></h2>
 <div class="cards">
-<article class="card whole">
+<article class="card">
 <h3>uncached</h3>
-<p class="about">Every step computed: the picture that the others are held against.</p>
-{_figure(baseline, "all computed")}
+<p class="about">Every step computed.</p>
+<div class="pair">
+{_figure(baseline, f"all {baseline.steps} computed")}
+{LEGEND}
+</div>
+<p class="verdict">The picture that the others are held against.</p>
 </article>
 {cards}
 </div>
@@ -231,10 +245,14 @@ def _chart(lines: list[Average]) -> str:
     points = [at(x, y) for x, y in sorted(rivals.items())]
     marks.append('<path class="rival" d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + '"/>')
     marks += [f'<circle class="rival" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]
-    for computed, psnr, name in dots:
+    taken: list[tuple[float, float]] = []
+    for computed, psnr, name in sorted(dots):
         x, y = at(computed, psnr)
+        # A name goes under its dot where another's stands above already.
+        crowded = any(abs(x - u) < 60 and abs(y - v) < 18 for u, v in taken)
+        taken.append((x, y))
         marks.append(f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
-        marks.append(f'<text x="{x:.1f}" y="{y - 12:.1f}" class="mid name">{escape(name)}</text>')
+        marks.append(f'<text x="{x:.1f}" y="{y + (22 if crowded else -12):.1f}" class="mid name">{escape(name)}</text>')
     return f"""<figure class="chart">
 <svg viewBox="0 0 640 300" role="img" aria-label="PSNR over computed evaluations, recipes and plain steps">
 {"".join(marks)}

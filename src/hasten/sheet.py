@@ -5,7 +5,7 @@ It knows rows of a comparison and how to lay them out; nothing of hosts or files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hasten.compare import Row
@@ -21,8 +21,7 @@ MARGIN = 40
 CAPTION = 84  # pixels under a picture: name, figures, strip
 
 PAPER, INK, MUTED, RULE = "#faf9f7", "#1c1b1a", "#6d6a65", "#e3e0da"
-COMPUTED, REUSED = "#1f6f5c", "#cfe3da"
-PARTIAL = "#7fb3a1"
+COMPUTED, PARTIAL, REUSED, RIVAL = "#1f6f5c", "#7fb3a1", "#cfe3da", "#9a5b2b"
 COLOURS = {"C": COMPUTED, "P": PARTIAL, ".": REUSED}
 
 
@@ -72,19 +71,20 @@ def _cell(sheet: Image, pen: ImageDraw, row: Row, x: int, y: int, side: int) -> 
         likeness = "the measure of the others"
     else:
         figures += f" · {row.speedup:.1f}x"
-    _strip(pen, row.strip, x, y + side + 6)
-    pen.text((x, y + side + 18), row.name, INK if row.kind != "fewer" else MUTED, font=_font(17))
+    colours = COLOURS | ({"C": RIVAL} if row.kind == "fewer" else {})
+    _strip(pen, row.strip, x, y + side + 6, colours)
+    pen.text((x, y + side + 18), row.name, RIVAL if row.kind == "fewer" else INK, font=_font(17))
     pen.text((x, y + side + 40), _fitted(pen, figures, CELL, 13), MUTED, font=_font(13))
     pen.text((x, y + side + 57), _fitted(pen, likeness, CELL, 13), MUTED, font=_font(13))
 
 
-def _strip(pen: ImageDraw, strip: str, x: int, y: int) -> None:
+def _strip(pen: ImageDraw, strip: str, x: int, y: int, colours: Mapping[str, str]) -> None:
     """A bar as wide as the picture, one cell for each evaluation."""
     if not strip:
         return
     step = CELL / len(strip)
     for i, letter in enumerate(strip):
-        pen.rectangle((x + round(i * step), y, x + round((i + 1) * step) - 2, y + 6), COLOURS[letter])
+        pen.rectangle((x + round(i * step), y, x + round((i + 1) * step) - 2, y + 6), colours[letter])
 
 
 def _legend(pen: ImageDraw, x: int, y: int, showing: Showing) -> None:
@@ -102,9 +102,9 @@ def _legend(pen: ImageDraw, x: int, y: int, showing: Showing) -> None:
     for i, line in enumerate(lines):
         pen.text((x, y + 4 + i * 20), line, MUTED, font=_font(14))
     top = y + 4 + len(lines) * 20 + 10
-    for i, (colour, word) in enumerate(((COMPUTED, "computed"), (REUSED, "reused"))):
-        pen.rectangle((x + i * 110, top + 4, x + 16 + i * 110, top + 10), colour)
-        pen.text((x + 24 + i * 110, top - 2), word, MUTED, font=_font(14))
+    for i, (colour, word) in enumerate(((COMPUTED, "computed"), (REUSED, "reused"), (RIVAL, "plain"))):
+        pen.rectangle((x + i * 92, top + 4, x + 12 + i * 92, top + 10), colour)
+        pen.text((x + 18 + i * 92, top - 2), word, MUTED, font=_font(14))
 
 
 def _height(showing: Showing) -> int:

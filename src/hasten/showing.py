@@ -49,7 +49,8 @@ class Average:
             steps=fmean(row.steps for row in rows),
             computed=fmean(row.computed for row in rows),
             wall_s=fmean(row.drawing.wall_s for row in rows),
-            speedup=fmean(row.speedup for row in rows),
+            # Of the summed times: a mean of ratios lets one short hiccup of the machine weigh like a whole run.
+            speedup=sum(row.speedup * row.drawing.wall_s for row in rows) / sum(row.drawing.wall_s for row in rows),
             psnr_db=fmean(distances) if distances else None,
             ssim=fmean(row.likeness.ssim for row in rows),
             cache_mib=fmean(row.drawing.report.cache_mib for row in rows),

@@ -1,0 +1,218 @@
+"""Every command's happy and unhappy path: what stands on stdout and stderr, the exit code, and which files are left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import make_tiny_flux
+from typer.testing import CliRunner, Result
+
+import hasten
+from hasten.cli import app
+from hasten.painter import FluxPainter
+
+SMALL = ["--steps", "4", "--size", "32x32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny_flux(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "half.toml"
+    path.write_text('schema = 1\ndescription = "Every second."\n[cache]\nmethod = "interval"\nevery = 2\n')
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def hasten_command(*words: str) -> Result:
+    return CliRunner().invoke(app, list(words))
+
+
+def one_sentence(result: Result, code: int = 2) -> str:
+    """The sentence on stderr: one line, and nothing on stdout."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    sentence = result.stderr.strip()
+    assert sentence.startswith("hasten: ") and "\n" not in sentence and "Traceback" not in sentence
+    return sentence
+
+
+def test_generate_draws_a_picture_and_says_what_happened(model: str, recipe: str, tmp_path: Path) -> None:
+    out, report = tmp_path / "apple.png", tmp_path / "report.json"
+    words = ["generate", "a red apple", "--model", model, "--recipe", recipe, *SMALL]
+    result = hasten_command(*words, "--out", str(out), "--report", str(report), "--batch", "2", "--seed", "5")
+    assert result.exit_code == 0, result.output
+    assert "computed 3 of 4" in result.stdout
+    with Image.open(out) as image:
+        assert image.size == (32, 32)
+    assert (tmp_path / "apple-2.png").is_file()
+    written = json.loads(report.read_text())
+    assert (written["computed"], written["reused"], written["seed"]) == (3, 1, 5)
+    assert [e["decision"] for e in written["evaluations"]] == ["compute", "reuse", "compute", "compute"]
+
+
+def test_generate_compares(model: str, recipe: str, tmp_path: Path) -> None:
+    words = ["generate", "a red apple", "--model", model, "--recipe", recipe, *SMALL, "--compare", "--json"]
+    result = hasten_command(*words)
+    assert result.exit_code == 0, result.output
+    plain = json.loads(result.stdout)
+    assert plain["files"] == ["hasten.png"] and Path("hasten.png").is_file()
+    assert plain["fewer_steps"]["steps"] == 3
+    assert plain["psnr_db"] > 20 and 0 < plain["ssim"] <= 1
+
+
+def test_quiet_says_nothing(model: str, tmp_path: Path) -> None:
+    result = hasten_command("generate", "a red apple", "--model", model, "--recipe", "none", *SMALL, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_cut_prompt_is_remarked(model: str) -> None:
+    result = hasten_command("generate", "red apple " * 40, "--model", model, "--recipe", "none", *SMALL)
+    assert result.exit_code == 0 and "the prompt was cut" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--size", "250x256"], "the width is 250: it must be divisible by 16"),
+        (["--size", "big"], "the size is 'big'"),
+        (["--steps", "0"], "steps is 0"),
+        (["--batch", "0"], "batch is 0"),
+        (["--seed", "-3"], "the seed is -3"),
+        (["--recipe", "balancd"], "did you mean 'balanced'"),
+        (["--recipe", "nowhere.toml"], "there is no recipe file"),
+        (["--device", "tpu"], "there is no device 'tpu'"),
+        (["--dtype", "int3"], "there is no dtype 'int3'"),
+        (["--model", "nonsense"], "there is no model 'nonsense'"),
+        (["--model", "x.safetensors"], "there is no file x.safetensors"),
+        (["--out", "picture.jpg"], "does not end in .png"),
+        (["--vae", "x.safetensors"], "the transformer is missing"),
+    ],
+)
+def test_bad_input_is_one_sentence(model: str, options: list[str], words: str) -> None:
+    given = options if options[0] in ("--model", "--vae") else ["--model", model, *options]
+    if "balancd" in options and "balanced" not in hasten.recipe_names():
+        pytest.skip("no recipes yet")
+    result = hasten_command("generate", "a red apple", *given)
+    assert words in one_sentence(result)
+    assert list(Path().iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_drawn(model: str) -> None:
+    Path("file").write_text("")
+    result = hasten_command("generate", "x", "--model", "nonsense", "--recipe", "none", "--out", "file/a.png")
+    assert "file is a file" in one_sentence(result)
+
+
+def test_a_missing_prompt_is_bad_input() -> None:
+    result = hasten_command("generate")
+    assert result.exit_code == 2 and "prompt" in result.stderr.lower()
+
+
+def test_ctrl_c_leaves_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FluxPainter, "paint", interrupted)
+    result = hasten_command("generate", "x", "--model", model, "--recipe", "none", *SMALL)
+    assert result.exit_code == 130
+    assert "hasten: interrupted; nothing was written." in result.stderr
+    assert list(Path().iterdir()) == []
+
+
+def test_running_out_of_memory_is_one_sentence(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+
+    monkeypatch.setattr(FluxPainter, "paint", full)
+    result = hasten_command("generate", "x", "--model", model, "--recipe", "none", *SMALL, "--quiet")
+    assert "ran out of memory" in one_sentence(result)
+
+
+def test_compare_shows_recipes_and_writes_a_sheet(model: str, recipe: str) -> None:
+    words = ["compare", "a red apple", "--model", model, "--recipe", recipe, "--recipe", "none", *SMALL]
+    result = hasten_command(*words, "--out", "sheet.png")
+    assert result.exit_code == 0, result.output
+    for word in ("uncached", "half", "none", "3 of 4", "4 of 4", "sheet.png"):
+        assert word in result.stdout
+    assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
+    plain = json.loads(hasten_command(*words, "--json").stdout)
+    assert [line["name"] for line in plain["averages"]] == ["uncached", "half", "none"]
+
+
+def test_compare_holds_two_files_against_each_other() -> None:
+    Image.new("RGB", (32, 32), "red").save("a.png")
+    Image.new("RGB", (32, 32), "blue").save("b.png")
+    Image.new("RGB", (16, 32), "blue").save("c.png")
+    assert "PSNR" in hasten_command("compare", "a.png", "b.png").stdout
+    same = json.loads(hasten_command("compare", "a.png", "a.png", "--json").stdout)
+    assert same["psnr_db"] is None and same["identical"] is True
+    assert "unequal sizes" in one_sentence(hasten_command("compare", "a.png", "c.png"))
+    assert "no picture file none.png" in one_sentence(hasten_command("compare", "a.png", "none.png"))
+    assert "not 3" in one_sentence(hasten_command("compare", "a", "b", "c"))
+
+
+def test_demo_says_where_its_page_lies(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "fast.toml").write_text('schema = 1\n[cache]\nmethod = "interval"\nevery = 3\n')
+    monkeypatch.setattr("hasten.recipe.recipe_folder", lambda: folder)
+    monkeypatch.setattr("hasten.demo.QUICK_STEPS", 4)
+    monkeypatch.setattr("hasten.demo.QUICK_SIDE", 32)
+    result = hasten_command("demo", "--model", model, "--device", "cpu", "--out", "shown")
+    assert result.exit_code == 0, result.output
+    assert "fast" in result.stdout and "shown/index.html" in result.stdout
+    assert Path("shown/index.html").is_file() and Path("shown/contact-sheet.png").is_file()
+    plain = json.loads(hasten_command("demo", "--model", model, "--device", "cpu", "--json").stdout)
+    assert plain["page"] == "out/demo/index.html" and len(plain["showings"]) == 2
+
+
+def test_demo_refuses_a_folder_that_is_a_file() -> None:
+    Path("file").write_text("")
+    assert "is a file" in one_sentence(hasten_command("demo", "--out", "file"))
+
+
+def test_recipes_are_listed_and_printed(recipe: str) -> None:
+    listed = json.loads(hasten_command("recipes", "--json").stdout)
+    assert [line["name"] for line in listed] == hasten.recipe_names()
+    assert hasten_command("recipes").exit_code == 0
+    printed = hasten_command("recipes", recipe)
+    assert 'method = "interval"' in printed.stdout and 'description = "Every second."' in printed.stdout
+    assert json.loads(hasten_command("recipes", recipe, "--json").stdout)["cache"]["every"] == 2
+    assert "there is no recipe named 'nonsense'" in one_sentence(hasten_command("recipes", "nonsense"))
+
+
+def test_doctor_prints_every_room() -> None:
+    result = hasten_command("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("torch", "diffusers", "float32", "sdpa math", "hasten can draw here"):
+        assert word in result.stdout
+    assert json.loads(hasten_command("doctor", "--json").stdout)["ready"] is True
+
+
+def test_version_and_help() -> None:
+    assert hasten_command("--version").stdout.strip() == hasten.__version__
+    for command in ("generate", "compare", "demo", "recipes", "doctor"):
+        assert command in hasten_command("--help").stdout
+        assert hasten_command(command, "--help").exit_code == 0
+
+
+def test_the_front_door_imports_nothing_heavy() -> None:
+    code = "import sys, hasten.cli; sys.exit(sorted({'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)) or 0)"
+    paths = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, check=False)
+    assert done.returncode == 0

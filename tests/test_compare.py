@@ -1,0 +1,122 @@
+"""PSNR and SSIM say what they should, rows and averages add up, and nonsense is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakePainter
+from PIL import Image
+
+from hasten.compare import Likeness, compare_recipes, psnr_db, read_picture, ssim
+from hasten.painter import Request
+from hasten.recipe import Recipe
+from hasten.showing import Showing, averages
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+
+
+def test_psnr_is_its_formula(noise: np.ndarray) -> None:
+    other = noise.copy()
+    other[..., 0] = 255 - other[..., 0]
+    mse = np.mean((noise.astype(float) - other) ** 2)
+    assert psnr_db(noise, other) == pytest.approx(10 * math.log10(255**2 / mse), abs=1e-3)
+
+
+def test_identical_pictures_are_infinitely_near_and_wholly_similar(noise: np.ndarray) -> None:
+    assert psnr_db(noise, noise) == math.inf
+    assert ssim(noise, noise) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_pictures_and_arrays_are_read_alike(noise: np.ndarray) -> None:
+    other = np.roll(noise, 3, axis=0)
+    assert psnr_db(Image.fromarray(noise), Image.fromarray(other)) == psnr_db(noise, other)
+    assert ssim(Image.fromarray(noise), other) == ssim(noise, other)
+
+
+def test_a_batch_is_pooled(noise: np.ndarray) -> None:
+    near, far = noise.copy(), 255 - noise
+    near[0] ^= 1
+    pooled = psnr_db(np.stack([noise, noise]), np.stack([near, far]))
+    assert psnr_db(noise, far) < pooled < psnr_db(noise, near)
+
+
+def test_more_noise_is_less_alike(noise: np.ndarray) -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    grey[16:48, 16:48] = 30
+    rng = np.random.default_rng(1)
+    steps = [np.clip(grey + rng.normal(0, s, grey.shape), 0, 255).astype(np.uint8) for s in (2, 10, 40)]
+    assert sorted((ssim(grey, s) for s in steps), reverse=True) == [ssim(grey, s) for s in steps]
+
+
+@pytest.mark.parametrize("measure", [psnr_db, ssim])
+def test_unequal_sizes_are_refused(measure: object, noise: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="unequal sizes, 48x32 and 48x16"):
+        measure(noise, noise[:16])  # type: ignore[operator]
+
+
+def test_only_eight_bit_colour_pictures_are_compared(noise: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="8-bit"):
+        psnr_db(noise.astype(np.float32), noise)
+    with pytest.raises(ValueError, match="shape"):
+        psnr_db(noise[..., 0], noise)
+    with pytest.raises(ValueError, match="at least 11x11"):
+        ssim(noise[:8], noise[:8])
+
+
+def test_what_is_identical_is_still_valid_json() -> None:
+    plain = Likeness(None, 1.0).to_dict()
+    assert plain == {"psnr_db": None, "ssim": 1.0, "identical": True}
+    assert "identical" not in Likeness(30.0, 0.9).to_dict()
+    json.dumps(plain, allow_nan=False)
+
+
+def test_every_recipe_stands_beside_as_many_plain_steps() -> None:
+    painter = FakePainter({"half": 4, "quarter": 2, "same": 4})
+    recipes = [(name, Recipe(name=name)) for name in ("half", "quarter", "same")]
+    rows = compare_recipes(painter, Request("x", steps=8), recipes)
+    assert [row.kind for row in rows] == ["baseline", "recipe", "recipe", "recipe"]
+    assert [row.fewer.steps for row in rows[1:] if row.fewer] == [4, 2, 4]
+    assert rows[1].fewer is rows[3].fewer  # equal rivals are drawn once
+    assert painter.steps_drawn == [8, 8, 4, 8, 2, 8]
+
+
+def test_a_recipe_that_computes_everything_is_its_own_rival() -> None:
+    rows = compare_recipes(FakePainter({"all": 8}), Request("x", steps=8), [("all", Recipe(name="all"))])
+    assert rows[1].fewer is rows[0]
+    assert rows[1].likeness.psnr_db is None
+
+
+def test_progress_is_told_every_step() -> None:
+    told: list[tuple[str, int, int]] = []
+    recipes = [("half", Recipe(name="half"))]
+    compare_recipes(FakePainter({"half": 1}), Request("x", steps=2), recipes, progress=lambda *step: told.append(step))
+    assert told[:3] == [("nothing reused", 0, 2), ("nothing reused", 1, 2), ("nothing reused", 2, 2)]
+    assert told[-1] == ("1 plain steps", 1, 1)
+
+
+def test_averages_are_of_times_and_leave_identical_pictures_out() -> None:
+    painter = FakePainter({"half": 4}, wall_s={8: 8.0, 4: 4.0})
+    recipes = [("half", Recipe(name="half"))]
+    showings = [
+        Showing(r, compare_recipes(painter, r, recipes)) for r in (Request("x", steps=8), Request("y", steps=8))
+    ]
+    baseline, half = averages(showings)
+    assert baseline.speedup == 1.0 and baseline.psnr_db is None
+    assert half.speedup == pytest.approx(2.0)
+    assert half.computed == 4 and half.fewer is not None and half.fewer.computed == 4
+    json.dumps([half.to_dict(), showings[0].to_dict()], allow_nan=False)
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no picture file"):
+        read_picture(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(ValueError, match="not a picture"):
+        read_picture(tmp_path / "text.png")
