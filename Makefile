@@ -31,7 +31,9 @@ check-fast: $(READY)
 test-comfyui: $(READY)
 	@test -f "$${COMFYUI_DIR:-.comfyui}/main.py" || { \
 	    echo "No ComfyUI at $${COMFYUI_DIR:-.comfyui}: run make test-comfyui COMFYUI_DIR=path/to/ComfyUI." >&2; exit 2; }
-	@COMFYUI_DIR="$${COMFYUI_DIR:-.comfyui}" $(VENV)/bin/python -m pytest -m comfy
+	@test -n "$(COMFYUI_PYTHON)" || scripts/comfyui_requirements $(VENV)/bin/python "$${COMFYUI_DIR:-.comfyui}"
+	@COMFYUI_DIR="$${COMFYUI_DIR:-.comfyui}" PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH" \
+	    $(or $(COMFYUI_PYTHON),$(VENV)/bin/python) -m pytest -m comfy tests/comfyui
 
 benchmark: $(READY)
 	@$(VENV)/bin/python benchmarks/flux_nano.py

@@ -61,41 +61,36 @@ def compiled() -> tuple[Any, Backend]:
     return pipe, backend
 
 
-@pytest.mark.parametrize("name", ALWAYS)
-def test_always_compute_within_compiled_blocks_is_bit_identical(name: str) -> None:
+def test_always_compute_within_compiled_blocks_is_bit_identical() -> None:
     pipe, backend = compiled()
     stock = paint(pipe, steps=4)
     graphs, runs = backend.graphs, backend.runs
-    latents, _ = hastened(pipe, ALWAYS[name], steps=4)
-    assert torch.equal(latents, stock)
-    # The same graphs ran, as often: the blocks are still the compiled ones.
-    assert (backend.graphs, backend.runs) == (graphs, 2 * runs)
+    assert 0 < graphs < 6  # one for each kind of block, give or take: they really are compiled
+    for i, settings in enumerate(ALWAYS.values(), start=2):
+        latents, _ = hastened(pipe, settings, steps=4)
+        assert torch.equal(latents, stock)
+        # The same graphs ran, as often: inside the gates the blocks are still the compiled ones.
+        assert (backend.graphs, backend.runs) == (graphs, i * runs)
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_decisions_do_not_recompile(name: str) -> None:
+def test_decisions_do_not_recompile_whichever_recipes_come_and_go() -> None:
     pipe, backend = compiled()
-    paint(pipe, steps=2)
-    graphs, runs = backend.graphs, backend.runs
-    latents, report = hastened(pipe, MIXED[name], steps=8)
-    assert report.computed > 0 and report.reused > 0
-    assert backend.graphs == graphs and backend.runs > runs
-    assert not counters["graph_break"]
-    assert torch.equal(latents, hastened(flux(), MIXED[name], steps=8)[0])
-
-
-def test_recipes_may_come_and_go_around_compiled_blocks() -> None:
-    pipe, backend = compiled()
-    stock = paint(pipe, steps=4)
+    stock = paint(pipe)
     graphs = backend.graphs
     for settings in MIXED.values():
-        hastened(pipe, settings, steps=4)
-    assert torch.equal(paint(pipe, steps=4), stock)
+        runs = backend.runs
+        latents, report = hastened(pipe, settings)
+        assert report.computed > 0 and report.reused > 0
+        assert backend.graphs == graphs and backend.runs > runs
+        assert torch.equal(latents, hastened(flux(), settings)[0])
+    assert torch.equal(paint(pipe), stock)
     assert backend.graphs == graphs
+    assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", ["fbcache", "taylor", "easycache"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fbcache", "easycache"])
 def test_blocks_compiled_inside_the_with_are_gated_all_the_same(name: str) -> None:
     pipe, backend = flux(), Backend()
     expected, eager = hastened(flux(), MIXED[name])
@@ -112,6 +107,7 @@ def test_blocks_compiled_inside_the_with_are_gated_all_the_same(name: str) -> No
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_new_resolution_does_not_recompile_after_the_second() -> None:
     pipe, backend = compiled()
     with hasten.accelerate(pipe, MIXED["fbcache"]):
@@ -123,11 +119,15 @@ def test_a_new_resolution_does_not_recompile_after_the_second() -> None:
     assert backend.graphs == graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["wrapper", "method", "inside"])
-@pytest.mark.parametrize("name", ["fbcache", "taylor", "easycache", "skip"])
+@pytest.mark.parametrize("name", ["fbcache", "easycache"])
 def test_a_model_compiled_as_a_whole_is_right_or_says_why_not(name: str, how: str) -> None:
-    pipe, backend = flux(), Backend()
-    stock, (cached, _) = paint(flux()), hastened(flux(), MIXED[name])
+    def small() -> Any:
+        return flux(double=1, single=1)
+
+    pipe, backend = small(), Backend()
+    stock, (cached, _) = paint(small()), hastened(small(), MIXED[name])
     if how == "wrapper":
         pipe.transformer = torch.compile(pipe.transformer, backend=backend)
     elif how == "method":
@@ -151,13 +151,28 @@ def test_a_model_compiled_as_a_whole_is_right_or_says_why_not(name: str, how: st
     assert torch.equal(paint(pipe), stock)
 
 
+@pytest.mark.slow
 def test_a_bare_model_compiled_as_a_whole_is_right_or_says_why_not() -> None:
+    def small() -> Any:
+        return transformer(double=1, single=1)
+
     backend = Backend()
-    model, inputs = torch.compile(transformer(), backend=backend), model_inputs()
-    expected = [call(transformer(), inputs, sigma) for sigma in (1.0, 0.5)]
+    inner, inputs = small(), model_inputs()
+    model = torch.compile(inner, backend=backend)
+    expected = [call(small(), inputs, sigma) for sigma in (1.0, 0.5)]
     handle = hasten.apply(model, MIXED["fbcache"])
+    with pytest.raises(ValueError, match="accelerated already"):
+        hasten.apply(model, MIXED["easycache"])
     with handle.run([1.0, 0.5, 0.25, 0.0]):
         assert all(torch.equal(call(model, inputs, s), e) for s, e in zip((1.0, 0.5), expected, strict=True))
     assert "compile_repeated_blocks" in handle.reports[-1].line()
     handle.remove()
     assert torch.equal(call(model, inputs, 0.5), expected[1])
+    assert backend.graphs > 0
+    # Its inner model is not compiled: applied to that, the same recipe reuses.
+    handle = hasten.apply(inner, MIXED["fbcache"])
+    with handle.run([1.0, 0.5, 0.25, 0.0]):
+        for sigma in (1.0, 0.5, 0.25):
+            call(inner, inputs, sigma)
+    assert handle.reports[-1].strip == "C.C"
+    handle.remove()

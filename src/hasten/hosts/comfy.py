@@ -11,17 +11,19 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hasten.anatomy import Anatomy, flux
+from hasten.call import Call
 from hasten.gate import Gate, gate_model
 from hasten.plan import make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
-from hasten.call import Call
 from hasten.session import Session
 
 # Our place in `transformer_options`, and the key of our wrappers.
@@ -88,10 +90,11 @@ def tell(node: str | None, text: str) -> None:
 
 
 class Sampling:
-    """The OUTER_SAMPLE wrapper of one node. Stateless but for the reports of the latest runs."""
+    """The OUTER_SAMPLE wrapper of one node. What it keeps from run to run: reports, and blocks that were compiled."""
 
     def __init__(self) -> None:
         self.reports: deque[Report] = deque(maxlen=16)
+        self.compiled: dict[int, Any] = {}
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the sampling with gates, or without them and with the reason on the node."""
@@ -103,7 +106,7 @@ class Sampling:
         # noise, latent_image, sampler, sigmas: the order has been the same since OUTER_SAMPLE exists.
         sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
         try:
-            run = Run(guider.model_patcher, options, settings, sigmas)
+            run = Run(guider.model_patcher, options, settings, sigmas, self.compiled)
         except ValueError as reason:
             return self._without(executor, args, kwargs, settings, str(reason))
         interrupted = True
@@ -141,18 +144,30 @@ class Sampling:
 class Run:
     """One sampling run: its session and its gates, hung into this run's own options."""
 
-    def __init__(self, patcher: Any, options: dict[str, Any], settings: dict[str, Any], sigmas: Any) -> None:
-        """Raises ValueError with the reason when the run has to be left as it is."""
+    def __init__(
+        self,
+        patcher: Any,
+        options: dict[str, Any],
+        settings: dict[str, Any],
+        sigmas: Any,
+        compiled: dict[int, Any] | None = None,
+    ) -> None:
+        """Raises ValueError with the reason when the run has to be left as it is.
+
+        compiled: blocks that were compiled for earlier runs, by identity.
+        """
         to = options["transformer_options"]
         if "easycache" in to:
             name = getattr(to["easycache"], "name", "EasyCache")
             raise ValueError(f"ComfyUI's own {name} node is in charge of this model; bypass one of the two")
-        self.model = patcher.model.diffusion_model
-        anatomy = anatomy_of(self.model)
+        anatomy = anatomy_of(patcher.model.diffusion_model)
         recipe, self.remarks = fitted(Recipe.load(settings["recipe"]), anatomy)
         if settings.get("percents"):
             recipe = _with_percents(recipe, settings["percents"], patcher.get_model_object("model_sampling"))
         self.attention: str | None = to.get(ATTENTION)
+        # What ComfyUI's own compile node was asked for; it is kept beside its wrapper.
+        self.how_compiled: dict[str, Any] = options.get("torch_compile_kwargs") or {}
+        self.compiled = {} if compiled is None else compiled
         self.plan = make_plan(recipe, anatomy)
         self.session = Session(recipe, self.plan, sigmas.detach().float().cpu().tolist())
         self.doubles = anatomy.stage("double").blocks
@@ -175,7 +190,7 @@ class Run:
                 single = block >= self.doubles
                 name = ("single_block", block - self.doubles) if single else ("double_block", block)
                 hang = _hung_on_single if single else _hung_on_double
-                dit[name] = self.gates[name] = hang(Gate(block), dit.get(name), self.model)
+                dit[name] = self.gates[name] = hang(Gate(block), dit.get(name))
         return own
 
     def close(self) -> Report:
@@ -206,17 +221,18 @@ class Run:
         call = self.session.enter(conditions, x, sigma=sigma)
         if self._intact(to):
             # The call is found through its own options: calls may run side by side, each in its thread.
-            own = {**to, CALL: Held(call)}
+            own = {**to, CALL: Held(call, executor.class_obj.diffusion_model)}
             if len(given) < 4:
                 kwargs["transformer_options"] = own
             else:
                 given[3] = own
         else:
             call.excuse = "another patch took over a block"
-        if self.plan.whole_model:
-            out = self._whole(call, x, t, lambda: executor(x, t, *given, **kwargs))
-        else:
-            out = executor(x, t, *given, **kwargs)
+        with self._compiled_by_block(executor.class_obj):
+            if self.plan.whole_model:
+                out = self._whole(call, x, t, lambda: executor(x, t, *given, **kwargs))
+            else:
+                out = executor(x, t, *given, **kwargs)
         self.session.leave(call)
         return out
 
@@ -236,6 +252,34 @@ class Run:
         predicted = gate_model(call, x, velocity)
         return computed[0] if computed else x - predicted * sigma
 
+    @contextmanager
+    def _compiled_by_block(self, base: Any) -> Iterator[None]:
+        """Where a graph was compiled as a whole, its blocks compiled one by one while this call lasts.
+
+        Gates decide outside compiled code: inside one large graph each would be a break, and its block run as it is.
+        """
+        whole = base.diffusion_model
+        if not self.gates or not hasattr(whole, "_orig_mod"):
+            yield
+            return
+        self.session.report.note("compiled block by block instead of as a whole")
+        network = whole._orig_mod
+        stacks = (network.double_blocks, network.single_blocks)
+        plain = [list(stack) for stack in stacks]
+        try:
+            base.diffusion_model = network
+            for stack in stacks:
+                for i, block in enumerate(stack):
+                    if id(block) not in self.compiled:
+                        self.compiled[id(block)] = torch.compile(block, **self.how_compiled)
+                    stack[i] = self.compiled[id(block)]
+            yield
+        finally:
+            for stack, blocks in zip(stacks, plain, strict=True):
+                for i, block in enumerate(blocks):
+                    stack[i] = block
+            base.diffusion_model = whole
+
     def _conditions(self, to: Mapping[str, Any] | None, x: Tensor) -> list[Any] | None:
         """One key for each equal share of the batch: ComfyUI's uuid of each condition, rows grouped."""
         uuids = (to or {}).get("uuids")
@@ -250,12 +294,14 @@ class Run:
 
 
 class Held:
-    """One call under way, and how many text tokens lead its joint stream (known once a double block was met)."""
+    """One call under way, the network that runs it (a device's own, where conditions are split over several), and
+    how many text tokens lead its joint stream (known once a double block was met).
+    """
 
-    __slots__ = ("call", "text_tokens")
+    __slots__ = ("call", "network", "text_tokens")
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, network: Any) -> None:
+        self.call, self.network = call, network
         self.text_tokens = 0
 
 
@@ -266,14 +312,15 @@ class DoubleStreams:
     image: Tensor
     out: dict[str, Any]
     vec: Any
-    first: Any
+    network: Any
 
     def modulated(self) -> Tensor:
         """The image tokens after the first double block's norm, scale and shift, (B, N, C)."""
-        block = self.first.double_blocks[0]
+        block = self.network.double_blocks[0]
         scale_and_shift = block.img_mod(self.vec)[0]
         normed: Tensor = block.img_norm1(self.image)
-        return normed * (1 + scale_and_shift.scale) + scale_and_shift.shift
+        modulated: Tensor = normed * (1 + scale_and_shift.scale) + scale_and_shift.shift
+        return modulated
 
 
 @dataclass(slots=True)
@@ -293,7 +340,7 @@ class JointStream:
         raise AssertionError("TeaCache looks at the first double block")
 
 
-def _hung_on_double(gate: Gate, found: Patch | None, model: Any) -> Patch:
+def _hung_on_double(gate: Gate, found: Patch | None) -> Patch:
     """The patch for a double block; `found` is the entry that another pack put there before, run as the block."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -309,14 +356,14 @@ def _hung_on_double(gate: Gate, found: Patch | None, model: Any) -> Patch:
         def with_image(image: Tensor) -> DoubleStreams:
             return DoubleStreams(image, {"img": image, "txt": args["txt"]}, None, None)
 
-        entering = DoubleStreams(args["img"], args, args["vec"], model)
+        entering = DoubleStreams(args["img"], args, args["vec"], held.network)
         after = gate(held.call, entering, run, with_image)
         return {"img": args["img"], "txt": args["txt"]} if after is entering else after.out
 
     return patch
 
 
-def _hung_on_single(gate: Gate, found: Patch | None, model: Any) -> Patch:
+def _hung_on_single(gate: Gate, found: Patch | None) -> Patch:
     """The patch for a single block; as _hung_on_double."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -383,18 +430,10 @@ def copied(options: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def evaluations_seen(report: Report) -> Iterator[str]:
-    """One line of a table for each evaluation of a report, the head first."""
-    yield f"{'step':>4} {'sigma':>8} {'did':<8} {'change':>9} {'ms':>8}  why"
-    for e in report.evaluations:
-        change = "" if e.change is None else f"{e.change:.4f}"
-        yield f"{e.interval + 1:>4} {e.sigma:>8.4f} {e.decision:<8} {change:>9} {e.ms:>8.1f}  {e.reason}"
-
-
 def _with_percents(recipe: Recipe, percents: Sequence[float], sampling: Any) -> Recipe:
     """Start and end where ComfyUI's percents lie in this model's sigmas, as the original nodes have it."""
     start, end = percents
-    bounds = {}
+    bounds: dict[str, Any] = {}
     if start > 0.0:
         bounds["sigma_start"] = float(sampling.percent_to_sigma(start))
     if end < 1.0:

@@ -1,7 +1,7 @@
 """comfy_compile.py: torch.compile of a model's blocks, and weight-only quantisation of a VAE's copy, for ComfyUI.
 
-Blocks alone are compiled, through ComfyUI's own wrapper, so that LoRAs keep their keys, gates stay outside the graph and
-nothing shared is touched. Quantisation is for a copy of the VAE: the one that was loaded stays as it is.
+Blocks alone are compiled, through ComfyUI's own wrapper, so that LoRAs keep their keys, gates stay outside the graph
+and nothing shared is touched. Quantisation is for a copy of the VAE: the one that was loaded stays as it is.
 """
 
 from __future__ import annotations

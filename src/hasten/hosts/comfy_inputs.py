@@ -7,6 +7,7 @@ block's output relative to the current one, TeaCache at the previous one, and no
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from hasten.recipe import DEFAULT_THRESHOLDS, TEACACHE_FLUX, Cache, Recipe, Skip
 
@@ -49,9 +50,7 @@ def threshold_list(text: str, default: float, name: str) -> tuple[float, ...]:
 
 def skip_lists(double: str, single: str) -> Skip:
     """The skip lists as the original nodes' two texts have them. Raises ValueError."""
-    return Skip(
-        block_list(double, "skip_DoubleStreamBlocks"), block_list(single, "skip_SingleStreamBlocks")
-    )
+    return Skip(block_list(double, "skip_DoubleStreamBlocks"), block_list(single, "skip_SingleStreamBlocks"))
 
 
 def teacache(threshold: float, skip: Skip, *, on: bool = True) -> tuple[Recipe, list[str]]:
@@ -99,3 +98,24 @@ def with_threshold(recipe: Recipe, threshold: float) -> tuple[Recipe, list[str]]
         return recipe, [f"the threshold is not used: the recipe's method is {recipe.cache.method}"]
     changed = replace(recipe, cache=replace(recipe.cache, threshold=threshold, thresholds=()))
     return changed, teacache_remarks(threshold) if recipe.cache.method == "teacache" else []
+
+
+def built(method: str, values: dict[str, Any]) -> Recipe:
+    """The recipe that Lightning Recipe's widgets describe; only those that the method has are read. ValueError."""
+    cache: dict[str, Any] = {"method": method}
+    if method in DEFAULT_THRESHOLDS and values["threshold"] >= 0:
+        cache["threshold"] = values["threshold"]
+    if method == "mbcache" and values["thresholds"].strip():
+        default = cache.get("threshold", DEFAULT_THRESHOLDS[method])
+        cache["thresholds"] = list(threshold_list(values["thresholds"], default, "thresholds"))
+    if method == "interval":
+        cache |= {"every": values["every"], "growth": values["growth"]}
+    if method != "none":
+        cache |= {key: values[key] for key in ("predictor", "start", "end", "max_consecutive_hits")}
+        if values["predictor"] == "taylor":
+            cache["order"] = values["order"]
+    skip = {
+        "double": list(block_list(values["skip_double"], "skip_double")),
+        "single": list(block_list(values["skip_single"], "skip_single")),
+    }
+    return Recipe.from_dict({"schema": 1, "cache": cache, "skip": skip})

@@ -1,0 +1,280 @@
+"""What people combine, in the real ComfyUI: samplers, ControlNet, LoRA, masks, other packs, core's own nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.hosts import comfy as host
+from hasten.hosts import comfy_attention, comfy_compile
+from hasten.recipe import Recipe
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
+
+
+def recipe(method: str, skip: Any = None, **cache: Any) -> Recipe:
+    return Recipe.from_dict({"schema": 1, "cache": {"method": method, **cache}, "skip": skip or {}})
+
+
+NEVER = recipe("fbcache", threshold=0.0)
+OFTEN = recipe("interval", every=2)
+WHOLE = recipe("easycache", threshold=0.3)
+
+
+def run(rig: Any, model: Any, wanted: Recipe, **how: Any) -> tuple[torch.Tensor, Any]:
+    patched = host.put_recipe(model, wanted)
+    out = rig.sample(patched, **how)
+    return out, host.reports_of(patched)[-1]
+
+
+def agrees(rig: Any, model: Any, **how: Any) -> None:
+    """Always-compute equals stock bit for bit, and with reuse the result stays near."""
+    stock = rig.sample(model, **how)
+    exact, report = run(rig, model, NEVER, **how)
+    assert report.reused == 0
+    assert torch.equal(exact, stock)
+    for wanted in (OFTEN, WHOLE):
+        near, report = run(rig, model, wanted, **how)
+        assert report.reused >= 1, report
+        assert (near - stock).abs().mean() < 0.5 * stock.abs().mean()
+
+
+EVALUATIONS = {
+    "euler": 8, "heun": 15, "dpm_2": 15, "dpmpp_2m": 8, "dpmpp_sde": 15, "uni_pc": 8, "res_multistep": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", EVALUATIONS)
+def test_every_sampler(rig: Any, model: Any, sampler: str) -> None:
+    stock = rig.sample(model, sampler=sampler)
+    exact, report = run(rig, model, NEVER, sampler=sampler)
+    assert torch.equal(exact, stock)
+    assert len(report.evaluations) == EVALUATIONS[sampler]
+    near, report = run(rig, model, OFTEN, sampler=sampler)
+    assert len(report.evaluations) == EVALUATIONS[sampler]
+    assert report.reused >= 2
+    assert torch.isfinite(near).all()
+    assert not any("afresh" in note for note in report.notes)
+
+
+def test_split_sigmas_are_two_runs(rig: Any, model: Any) -> None:
+    sigmas = torch.linspace(1.0, 0.0, 9)
+    patched = host.put_recipe(model, NEVER)
+    for part in (sigmas[:5], sigmas[4:]):
+        assert torch.equal(rig.sample(patched, sigmas=part), rig.sample(model, sigmas=part))
+    assert [len(report.evaluations) for report in host.reports_of(patched)] == [4, 4]
+
+
+def test_image_to_image_begins_late(rig: Any, model: Any) -> None:
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    agrees(rig, model, latent=latent, denoise=0.6)
+
+
+def test_inpainting_with_a_mask(rig: Any, model: Any) -> None:
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :32] = 1.0
+    agrees(rig, model, latent=latent, mask=mask)
+
+
+def test_a_fill_models_concatenated_channels(rig: Any) -> None:
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    more = {"concat_latent_image": latent, "concat_mask": torch.ones(1, 1, 64, 64)}
+    agrees(rig, rig.tiny_model(in_channels=96), positive=rig.condition(**more))
+
+
+def test_reference_latents(rig: Any, model: Any) -> None:
+    reference = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    agrees(rig, model, positive=rig.condition(reference_latents=[reference]))
+
+
+def test_batch_of_four_with_guidance(rig: Any, model: Any) -> None:
+    agrees(rig, model, batch=4, cfg=2.5)
+
+
+def controlled(strength: float) -> Any:
+    """A ControlNet that adds to double and single blocks, as FLUX's union ControlNets do."""
+    from comfy.controlnet import ControlBase
+
+    class Control(ControlBase):  # type: ignore[misc]
+        def get_control(self, x_noisy: Any, *rest: Any) -> Any:
+            tokens = x_noisy.shape[-1] * x_noisy.shape[-2] // 4
+            add = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(9)) * strength
+            add = add.expand(x_noisy.shape[0], -1, -1)
+            return {"input": [add, add], "output": [add, None, add, add]}
+
+        def copy(self) -> Any:
+            return self
+
+        def get_models(self) -> list[Any]:
+            return []
+
+    return Control()
+
+
+def test_a_controlnets_residuals(rig: Any, model: Any) -> None:
+    agrees(rig, model, positive=rig.condition(control=controlled(0.3), control_apply_to_uncond=True))
+
+
+def test_a_controlnets_residuals_count_once(rig: Any, model: Any) -> None:
+    """At one and the same input a held step gives what the computed one gave, to the small change of sigma."""
+    import comfy.samplers
+
+    seen: list[torch.Tensor] = []
+
+    def still(net: Any, x: torch.Tensor, sigmas: Any, extra_args: Any = None, **_: Any) -> torch.Tensor:
+        ones = x.new_ones([x.shape[0]])
+        seen.extend(net(x, sigma * ones, **(extra_args or {})) for sigma in sigmas[:-1])
+        return x
+
+    for wanted in (recipe("interval", every=3, last=False), recipe("fbcache", threshold=0.5, last=False)):
+        seen.clear()
+        patched = host.put_recipe(model, wanted)
+        guider = comfy.samplers.CFGGuider(patched)
+        positive = rig.condition(control=controlled(2.0), control_apply_to_uncond=True)
+        guider.set_conds(positive, positive)
+        guider.set_cfg(1.0)
+        noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+        sigmas = torch.tensor([0.5, 0.4998, 0.4996, 0.0])
+        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(still), sigmas, disable_pbar=True)
+        assert host.reports_of(patched)[-1].strip == "C.."
+        assert (seen[1] - seen[0]).abs().max() < 0.01 * seen[0].abs().max()
+
+
+@pytest.mark.parametrize("first", ["lora", "ours"])
+def test_a_lora_before_or_after(rig: Any, first: str) -> None:
+    model = rig.tiny_model()
+    generator = torch.Generator().manual_seed(8)
+    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    change = {key: ("diff", (torch.randn(192, 64, generator=generator) * 0.05,))}
+
+    def with_lora(m: Any) -> Any:
+        new = m.clone()
+        assert new.add_patches(change) == [key]
+        return new
+
+    alone = rig.sample(with_lora(model))
+    order = (lambda m: host.put_recipe(with_lora(m), NEVER)) if first == "lora" else (
+        lambda m: with_lora(host.put_recipe(m, NEVER))
+    )  # fmt: skip
+    assert torch.equal(rig.sample(order(model)), alone)
+
+
+def test_another_packs_block_patch_and_attention_are_kept(rig: Any, model: Any) -> None:
+    blocks, attended = [], []
+
+    def theirs(args: Any, extra: Any) -> Any:
+        blocks.append(1)
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * 0.97}
+
+    def attention(func: Any, *args: Any, **kwargs: Any) -> Any:
+        attended.append(1)
+        return func(*args, **kwargs)
+
+    foreign = model.clone()
+    foreign.set_model_patch_replace(theirs, "dit", "double_block", 1)
+    foreign.model_options["transformer_options"]["optimized_attention_override"] = attention
+    alone = rig.sample(foreign)
+    computed = (len(blocks), len(attended))
+    exact, _ = run(rig, foreign, NEVER)
+    assert torch.equal(exact, alone)
+    assert (len(blocks), len(attended)) == (2 * computed[0], 2 * computed[1])
+    _, report = run(rig, foreign, OFTEN)
+    assert len(blocks) - 2 * computed[0] == report.computed
+
+
+def test_our_attention_is_near_cores(rig: Any, model: Any) -> None:
+    stock = rig.sample(model)
+    ours = rig.sample(comfy_attention.put_attention(model, "sdpa"))
+    assert torch.allclose(ours, stock, atol=1e-4)
+    both = host.put_recipe(comfy_attention.put_attention(model, "sdpa"), NEVER)
+    assert torch.equal(rig.sample(both), ours)
+
+
+def test_cores_easycache_stays_in_charge(rig: Any, model: Any) -> None:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    core = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
+    alone = rig.sample(core)
+    patched = host.put_recipe(core, OFTEN)
+    assert torch.equal(rig.sample(patched), alone)
+    assert "EasyCache node is in charge" in host.reports_of(patched)[-1].notes[0]
+    # The other way round, too: core's wrappers come after ours.
+    other = EasyCacheNode.execute(host.put_recipe(model, OFTEN), 0.2, 0.15, 0.95, False)[0]
+    assert torch.equal(rig.sample(other), alone)
+
+
+def test_weights_of_another_kind_are_never_touched(rig: Any) -> None:
+    import comfy.ops
+
+    class Ops(comfy.ops.manual_cast):  # type: ignore[misc]
+        """8-bit weights, as GGUF-like packs have them: cast when they are used."""
+
+        class Linear(comfy.ops.manual_cast.Linear):  # type: ignore[misc]
+            def forward_comfy_cast_weights(self, x: Any) -> Any:
+                scale = self.weight.abs().amax() / 127
+                return torch.nn.functional.linear(x, (self.weight / scale).round() * scale, self.bias)
+
+    agrees(rig, rig.tiny_model(ops=Ops))
+
+
+def test_several_models_in_one_graph(rig: Any) -> None:
+    one, other = rig.tiny_model(), rig.tiny_model(seed=5, double=3, single=2)
+    stock = [rig.sample(one), rig.sample(other)]
+    patched = [host.put_recipe(one, NEVER), host.put_recipe(other, NEVER)]
+    for model, out in zip(patched * 2, stock * 2, strict=True):
+        assert torch.equal(rig.sample(model), out)
+
+
+def test_an_unknown_family_passes_through(rig: Any) -> None:
+    model = rig.tiny_model()
+    network = model.model.diffusion_model
+    kept = {k: v for k, v in vars(type(network)).items() if k not in ("__dict__", "__weakref__", "__init__")}
+    stock = rig.sample(model)
+    network.__class__ = type("Lumina", (torch.nn.Module,), kept)
+    patched = host.put_recipe(model, OFTEN)
+    assert torch.equal(rig.sample(patched), stock)
+    assert host.reports_of(patched)[-1].line().endswith("Lumina is a family that is not known here (FLUX.1 is)")
+
+
+def test_skipped_blocks_that_are_not_there(rig: Any, model: Any) -> None:
+    out, report = run(rig, model, recipe("none", {"double": [1, 3, 6, 8, 12]}))
+    assert report.notes == ["this model has 2 double blocks: 3, 6, 8, 12 on the skip list not found"]
+    assert not torch.equal(out, rig.sample(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["core before", "core after", "ours before", "ours after"])
+def test_compiled_before_or_after(rig: Any, model: Any, whose: str) -> None:
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def compiled(m: Any) -> Any:
+        if whose.startswith("ours"):
+            return comfy_compile.compile_blocks(m, backend="eager")[0]
+        new = m.clone()
+        set_torch_compile_wrapper(new, backend="eager")
+        return new
+
+    torch._dynamo.reset()
+    for wanted in (NEVER, OFTEN):
+        plain, first = run(rig, model, wanted)
+        both = compiled(host.put_recipe(model, wanted)) if whose.endswith("after") else host.put_recipe(
+            compiled(model), wanted
+        )  # fmt: skip
+        assert torch.allclose(rig.sample(both), plain, atol=1e-5)
+        report = host.reports_of(both)[-1]
+        assert report.strip == first.strip
+        assert ("compiled block by block instead of as a whole" in report.notes) == whose.startswith("core")
+    network = model.model.diffusion_model
+    assert not hasattr(network, "_orig_mod")
+    assert not any(hasattr(block, "_orig_mod") for block in [*network.double_blocks, *network.single_blocks])
+
+
+def test_recipes_are_not_seen_by_a_model_beside(rig: Any, model: Any) -> None:
+    stock = rig.sample(model)
+    beside = model.clone()
+    rig.sample(host.put_recipe(model, OFTEN))
+    assert torch.equal(rig.sample(beside), stock)

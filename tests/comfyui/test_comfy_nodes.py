@@ -1,0 +1,184 @@
+"""The nodes in the real ComfyUI: their schema, bad input, flux-nano, and parity with diffusers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hasten
+from hasten.hosts import comfy as host
+from hasten.recipe import Recipe
+
+pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
+
+ROOT = Path(__file__).resolve().parents[2]
+FLUX_NANO = Path(os.environ.get("FLUX_NANO") or ROOT / "models" / "flux-nano")
+
+# The original pack's nodes: inputs in order with their defaults (original ComfyUI-Lightning 1.3.3).
+SKIPS: dict[str, Any] = {"skip_DoubleStreamBlocks": "3,6,8,12", "skip_SingleStreamBlocks": ""}
+LIMITS: dict[str, Any] = {"start": 0.0, "end": 1.0, "max_consecutive_cache_hits": -1}
+ORIGINAL: dict[str, dict[str, Any]] = {
+    "ApplyTeaCacheAndSkipBlocks": {"model": None, **SKIPS, "do_teacache": True, "rel_l1_threshold": 0.4},
+    "ApplyFBCacheAndSkipBlocks": {"model": None, **SKIPS, "fbcache_threshold": 0.25, **LIMITS},
+    "ApplyMBCacheAndSkipBlocks": {
+        "model": None, **SKIPS, "default_cache_threshold": 0.25, "dsb_cache_thresholds": "", **LIMITS,
+    },
+    "ApplySageAttention": {"model": None, "use_SageAttention": True},
+    "ApplyFastCuDNNKernels": {"model": None, "switch": True, "float32_matmul_precision": None},
+    "CompileAndQuantizeModel": {
+        "model": None, "vae": None, "do_compile": True, "dynamic": False, "fullgraph": False, "backend": "inductor",
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def nodes(rig: Any) -> dict[str, Any]:
+    from hasten.hosts import comfy_nodes
+
+    listed = asyncio.run(comfy_nodes.extension().get_node_list())
+    return {node.GET_SCHEMA().node_id: node for node in listed}
+
+
+def test_every_original_node_keeps_its_inputs(nodes: dict[str, Any]) -> None:
+    for name, inputs in ORIGINAL.items():
+        schema = nodes[name].GET_SCHEMA()
+        assert schema.category == "Lightning"
+        assert {i.id: getattr(i, "default", None) for i in schema.inputs} == inputs
+        assert [i.id for i in schema.inputs] == list(inputs)
+
+
+def test_every_node_has_help_tooltips_and_both_languages(nodes: dict[str, Any]) -> None:
+    for language in ("en", "zh"):
+        file = ROOT / "locales" / language / "nodeDefs.json"
+        texts = json.loads(file.read_text(encoding="utf-8"))
+        assert set(texts) == set(nodes)
+        for name, node in nodes.items():
+            inputs = {i.id for i in node.GET_SCHEMA().inputs}
+            assert set(texts[name].get("inputs", {})) == inputs, (language, name)
+    for name, node in nodes.items():
+        assert (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8").startswith("# ")
+        assert node.GET_SCHEMA().description
+        assert all(i.tooltip for i in node.GET_SCHEMA().inputs)
+
+
+def test_bad_input_is_one_line_on_the_node_and_the_model_unchanged(
+    nodes: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host, "tell", lambda node, text: said.append(text))
+    for name in ("ApplyTeaCacheAndSkipBlocks", "ApplyFBCacheAndSkipBlocks", "ApplyMBCacheAndSkipBlocks"):
+        given = {**ORIGINAL[name], "model": model, "skip_DoubleStreamBlocks": "3,,x"}
+        assert nodes[name].execute(**given)[0] is model
+        assert said.pop().startswith("left as it is: skip_DoubleStreamBlocks is '3,,x' and holds an empty entry")
+    assert nodes["ApplySageAttention"].execute(model, True)[0] is model
+    assert said.pop() == "left as it is: the package sageattention is not installed, attention is left as it is"
+    assert nodes["Lightning"].execute(model, "balanced", -1.0, {"schema": 1, "cach": {}})[0] is model
+    assert "unknown key 'cach'" in said.pop()
+
+
+def test_original_nodes_run_and_report(nodes: dict[str, Any], rig: Any, model: Any) -> None:
+    for name, more in (
+        ("ApplyTeaCacheAndSkipBlocks", {"rel_l1_threshold": 0.6}),
+        ("ApplyFBCacheAndSkipBlocks", {"fbcache_threshold": 0.5}),
+        ("ApplyMBCacheAndSkipBlocks", {"default_cache_threshold": 0.5}),
+    ):
+        patched = nodes[name].execute(**{**ORIGINAL[name], "model": model, **more})[0]
+        samples = rig.sample(patched)
+        assert host.reports_of(patched)[-1].reused >= 2, name
+        text, strip = nodes["LightningReport"].execute(patched, {"samples": samples}).args
+        assert text.startswith("computed ")
+        assert strip.shape[-1] == 3
+
+
+def test_recipes_are_built_and_read_from_files(nodes: dict[str, Any], tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "threshold": 0.2, "thresholds": "", "every": 4, "growth": 0.0, "predictor": "taylor", "order": 2, "start": 0.1,
+        "end": 1.0, "max_consecutive_hits": -1, "skip_double": "3", "skip_single": "",
+    }  # fmt: skip
+    made, toml = nodes["LightningRecipe"].execute("fbcache", "", **values).args
+    file = tmp_path / "mine.toml"
+    file.write_text(toml, encoding="utf-8")
+    read = nodes["LightningRecipe"].execute("file", str(file), **values).args[0]
+    assert Recipe.load(made) == Recipe.load(read)
+    assert Recipe.load(made).skip.double == (3,)
+
+
+needs_nano = pytest.mark.skipif(not (FLUX_NANO / "model_index.json").is_file(), reason="flux-nano is not here yet")
+
+
+@pytest.fixture(scope="module")
+def nano(rig: Any) -> Any:
+    from hasten.hosts.comfy_flux_nano import load
+
+    return load(FLUX_NANO)
+
+
+@needs_nano
+def test_flux_nano_gives_diffusers_text_and_pictures(nano: Any) -> None:
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(FLUX_NANO, torch_dtype=torch.float32)
+    _, clip, vae = nano
+    cond, more = clip.encode_from_tokens_scheduled(clip.tokenize("a red circle"))[0]
+    wanted, pooled, _ = pipe.encode_prompt("a red circle", None, max_sequence_length=64)
+    assert torch.allclose(cond, wanted, atol=1e-4)
+    assert torch.allclose(more["pooled_output"], pooled, atol=1e-4)
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        picture = pipe.vae.decode(latent).sample.permute(0, 2, 3, 1)
+    assert torch.allclose(vae.decode(latent), (picture.clamp(-1, 1) + 1) / 2, atol=1e-3)
+
+
+@needs_nano
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"method": "none"},
+        {"method": "fbcache", "threshold": 0.1},
+        {"method": "fbcache", "threshold": 0.2, "signal": "output", "predictor": "taylor"},
+        {"method": "mbcache", "threshold": 0.1, "signal": "output"},
+        {"method": "teacache", "threshold": 0.3},
+        {"method": "easycache", "threshold": 0.05},
+        {"method": "interval", "every": 3, "predictor": "taylor", "order": 2},
+    ],
+    ids=lambda cache: f"{cache['method']}-{cache.get('predictor', 'hold')}",
+)
+def test_the_same_latents_and_decisions_as_in_diffusers(rig: Any, nano: Any, cache: dict[str, Any]) -> None:
+    from diffusers import FluxPipeline
+
+    steps, size = 10, 128
+    wanted = Recipe.from_dict({"schema": 1, "cache": cache})
+    pipe = FluxPipeline.from_pretrained(FLUX_NANO, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    model, clip, _ = nano
+    noise = torch.randn(1, 16, size // 8, size // 8, generator=torch.Generator().manual_seed(11))
+    packed = pipe._pack_latents(noise, 1, 16, size // 8, size // 8)
+    text = "a red circle above a blue square"
+    with hasten.accelerate(pipe, wanted) as run:
+        theirs = pipe(
+            text, height=size, width=size, num_inference_steps=steps, guidance_scale=3.5, latents=packed,
+            max_sequence_length=64, output_type="latent",
+        ).images  # fmt: skip
+    theirs = pipe._unpack_latents(theirs, size, size, pipe.vae_scale_factor)
+    sigmas = pipe.scheduler.sigmas.clone()
+    import comfy.sample
+    import comfy.samplers
+
+    positive = [
+        [cond, {**more, "guidance": 3.5}] for cond, more in clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    ]
+    patched = host.put_recipe(model, wanted)
+    ours = comfy.sample.sample_custom(
+        patched, noise, 1.0, comfy.samplers.sampler_object("euler"), sigmas, positive, positive,
+        torch.zeros_like(noise), disable_pbar=True,
+    )  # fmt: skip
+    # ComfyUI hands latents over before its scale and shift, diffusers after them.
+    ours = model.model.latent_format.process_in(ours)
+    assert host.reports_of(patched)[-1].strip == run.report.strip
+    assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()

@@ -1,0 +1,74 @@
+"""The real ComfyUI as a server: the pack as it is cloned into custom_nodes, a template run over HTTP, the line read."""
+
+from __future__ import annotations
+
+import urllib.request
+from typing import Any
+
+import pytest
+from comfyui.serving import FLUX_NANO, Server
+
+pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def prompt(seed: int, **fast: Any) -> dict[str, Any]:
+    """The flux-nano template as the API takes it. fast: the node between loader and sampler."""
+    kind = fast.pop("kind", "Lightning")
+    return {
+        "1": {"class_type": "LoadFluxNano", "inputs": {}},
+        "2": {"class_type": kind, "inputs": {"model": ["1", 0], **fast}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red circle"}},
+        "4": {"class_type": "FluxGuidance", "inputs": {"conditioning": ["3", 0], "guidance": 3.5}},
+        "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "6": {"class_type": "KSampler", "inputs": {
+            "model": ["2", 0], "positive": ["4", 0], "negative": ["3", 0], "latent_image": ["5", 0], "seed": seed,
+            "steps": 12, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
+        "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
+        "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "t"}},
+        "9": {"class_type": "LightningReport", "inputs": {"model": ["2", 0], "samples": ["6", 0]}},
+    }  # fmt: skip
+
+
+def test_the_pack_is_imported_without_a_complaint(server: Server) -> None:
+    listed = server.get("/object_info")
+    ours = {name for name, info in listed.items() if info["category"] == "Lightning"}
+    assert {"Lightning", "LoadFluxNano", "ApplyFBCacheAndSkipBlocks"} <= ours
+    log = server.log.read_text()
+    assert "ComfyUI-Lightning could not load" not in log
+    assert "(IMPORT FAILED): " not in [line for line in log.splitlines() if "Lightning" in line]
+
+
+def test_templates_and_help_are_served(server: Server) -> None:
+    names = server.get("/api/workflow_templates")["ComfyUI-Lightning"]
+    assert {"flux-nano try-out", "FLUX.1-dev", "FLUX.1-schnell", "Original pack example"} <= set(names)
+    address = f"http://{server.address}/extensions/ComfyUI-Lightning/docs/Lightning.md"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        assert answer.read().startswith(b"# ")
+
+
+needs_nano = pytest.mark.skipif(not (FLUX_NANO / "model_index.json").is_file(), reason="flux-nano is not here yet")
+
+
+@needs_nano
+def test_a_run_shows_its_line_on_the_node_and_in_the_report(server: Server) -> None:
+    fast = {"kind": "ApplyFBCacheAndSkipBlocks", "fbcache_threshold": 0.3, "skip_DoubleStreamBlocks": "",
+            "skip_SingleStreamBlocks": "", "start": 0.0, "end": 1.0, "max_consecutive_cache_hits": -1}  # fmt: skip
+    counts = []
+    for seed in (1, 2):
+        outputs, lines = server.run(prompt(seed, **fast))
+        line = lines["2"][-1]
+        assert line.startswith("computed ") and " of 12 · about " in line
+        assert outputs["9"]["text"][0].splitlines()[0] == line
+        assert outputs["8"]["images"]
+        counts.append(int(line.split()[1]))
+    # The node's output stays cached when only the seed changes: reuse must not wear off.
+    assert max(counts) < 12 and abs(counts[0] - counts[1]) <= 2
+
+
+@needs_nano
+def test_bad_widgets_are_a_sentence_and_the_picture_still_comes(server: Server) -> None:
+    fast = {"kind": "ApplyTeaCacheAndSkipBlocks", "do_teacache": True, "rel_l1_threshold": 0.4,
+            "skip_DoubleStreamBlocks": "3,,x", "skip_SingleStreamBlocks": ""}  # fmt: skip
+    outputs, lines = server.run(prompt(3, **fast))
+    assert lines["2"][-1].startswith("left as it is: skip_DoubleStreamBlocks is '3,,x'")
+    assert outputs["8"]["images"]
