@@ -1,0 +1,272 @@
+"""The figures of flux-nano: every method over its knob, beside fewer steps and other libraries, in one command.
+
+    python benchmarks/flux_nano.py
+
+rewrites results/flux_nano.csv and results/flux_nano.png. --resume continues an interrupted run, --only PATTERN
+measures some rows again and keeps the others, --quick is a small run into .cache/quick that proves nothing.
+How each column is measured is written in NOTES.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import plot
+import torch
+from fitting import calibration
+from grid import Row, all_rows
+from measuring import CONVERGED_STEPS, Settings, Studio, measure_quality, measure_time
+from peers import LIBRARIES, installed
+
+import hasten
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = [
+    "host", "device", "dtype", "size", "steps", "batch", "method", "knob", "predictor", "evaluations", "wall_s",
+    "baseline_wall_s", "psnr_db", "ssim", "psnr_converged_db", "checked", "cache_mib",
+]  # fmt: skip
+CACHE = HERE / ".cache"
+TIMED_TOGETHER = 4  # rows that share one interleaved baseline
+CALIBRATION_PROMPTS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a run writes and what it takes up again."""
+
+    settings: Settings
+    folder: Path
+    partial: Path
+
+
+def main() -> None:
+    """Measures, then writes the table and the plot."""
+    given = arguments()
+    settings = settings_of(given)
+    folder = CACHE / "quick" if given.quick else HERE / "results"
+    plan = Plan(settings, folder, CACHE / f"rows-{settings.key()}.jsonl")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if given.peers:
+        studio = Studio(settings)
+        measure_rows(plan, studio, pending(plan, rows_of(given, given.peers)), references(studio))
+        return
+    if not given.resume:
+        plan.partial.unlink(missing_ok=True)
+    studio = Studio(settings)
+    every = rows_of(given, None)
+    say_estimate(studio, plan, every)
+    pictures = references(studio)
+    measure_rows(plan, studio, pending(plan, [row for row in every if not row.process]), pictures)
+    del studio, pictures
+    for library in LIBRARIES:
+        if pending(plan, rows_of(given, library)):
+            run_peers(given, library)
+    write_table(plan, every, keep_others=bool(given.only))
+    plot.draw(plot.read(folder / "flux_nano.csv"), folder / "flux_nano.png")
+    print(f"wrote {folder / 'flux_nano.csv'} and {folder / 'flux_nano.png'}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a diffusers folder of a FLUX; the shipped flux-nano when left out")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--timing-prompts", type=int, default=4)
+    parser.add_argument("--size", default="128x128", help="width x height")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--batch", type=int, default=8, help="prompts in one call, and so in one decision")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quick", action="store_true", help="4 prompts, 1 timed, 12 steps for what is converged")
+    parser.add_argument("--only", help="rows whose method/knob/predictor contains this")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
+    parser.add_argument("--peers", choices=LIBRARIES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def settings_of(given: argparse.Namespace) -> Settings:
+    """The run's settings; on a GPU the model runs in bfloat16, as users run it, on a CPU in float32."""
+    device = given.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    width, height = map(int, given.size.split("x"))
+    return Settings(
+        model=given.model or str(hasten.models_folder() / "flux-nano"),
+        prompts=min(given.prompts, 4) if given.quick else given.prompts,
+        timing_prompts=1 if given.quick else given.timing_prompts,
+        width=width,
+        height=height,
+        steps=given.steps,
+        batch=given.batch,
+        device=device,
+        dtype="bfloat16" if device.startswith("cuda") else "float32",
+        converged_steps=12 if given.quick else CONVERGED_STEPS,
+    )
+
+
+def rows_of(given: argparse.Namespace, process: str | None) -> list[Row]:
+    """The rows that were asked for, of one process or (None) of all; libraries that are not there leave theirs out."""
+    absent = {library for library in LIBRARIES if not installed(library)}
+    rows = [row for row in all_rows(given.steps) if row.process not in absent]
+    rows = [row for row in rows if process is None or row.process == process]
+    return [row for row in rows if not given.only or given.only in row.name]
+
+
+def pending(plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    """Those that the partial file lacks."""
+    done = finished(plan)
+    return [row for row in rows if row.name not in done]
+
+
+def finished(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What the partial file holds, by the row's name; a line that was cut short is left out."""
+    done: dict[str, dict[str, Any]] = {}
+    if plan.partial.is_file():
+        for line in plan.partial.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            done[record.pop("name")] = record
+    return done
+
+
+def references(studio: Studio) -> tuple[torch.Tensor, torch.Tensor]:
+    """The uncached pictures and the converged ones, each (N, 3, H, W), drawn once for these weights and settings."""
+    both = []
+    for steps in (studio.settings.steps, studio.settings.converged_steps):
+        file = CACHE / f"pictures-{steps}-{studio.settings.key(steps)}.pt"
+        if not file.is_file():
+            begin = time.perf_counter()
+            partial = file.with_suffix(".part")
+            torch.save(studio.draw_all(steps=steps), partial)
+            partial.replace(file)
+            print(f"drew the {steps}-step pictures in {time.perf_counter() - begin:.0f} s", flush=True)
+        both.append(torch.load(file, weights_only=True))
+    return both[0], both[1]
+
+
+def say_estimate(studio: Studio, plan: Plan, rows: Sequence[Row]) -> None:
+    """Prints how long the pending rows will take, from two timed calls."""
+    settings = studio.settings
+    size = min(settings.batch, settings.prompts)
+    studio.draw(0, size, steps=2)
+    seconds = []
+    for steps in (2, 6):
+        begin = time.perf_counter()
+        studio.draw(0, size, steps=steps)
+        seconds.append(time.perf_counter() - begin)
+    evaluation = max(seconds[1] - seconds[0], 1e-3) / 4 / size
+    decode = max(seconds[0] / size - 2 * evaluation, 0.0)
+    waiting = pending(plan, rows)
+    pictures = settings.prompts + settings.timing_prompts
+    total = sum((row.guess * evaluation + decode) * pictures for row in waiting)
+    total += (settings.steps * evaluation + decode) * settings.timing_prompts * len(waiting) / TIMED_TOGETHER
+    converging = settings.converged_steps * evaluation * settings.prompts
+    print(
+        f"{len(waiting)} of {len(rows)} rows, {evaluation * 1000:.0f} ms an evaluation and {decode * 1000:.0f} ms a "
+        f"decoding for each picture: about {total / 60:.0f} min, and {converging / 60:.0f} min more where the "
+        "converged pictures are not there yet",
+        flush=True,
+    )
+
+
+def measure_rows(plan: Plan, studio: Studio, rows: Sequence[Row], pictures: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Measures the rows, some at a time, and appends each group to the partial file as it is done."""
+    if not rows:
+        return
+    measured = calibration(studio, CACHE, prompts=min(CALIBRATION_PROMPTS, studio.settings.prompts))
+    uncached, converged = pictures
+    for first in range(0, len(rows), TIMED_TOGETHER):
+        group = rows[first : first + TIMED_TOGETHER]
+        methods = [row.make(measured) for row in group]
+        qualities = [measure_quality(studio, method, uncached, converged) for method in methods]
+        timings = measure_time(studio, methods, prompts=studio.settings.timing_prompts)
+        for row, method, quality, timing in zip(group, methods, qualities, timings, strict=True):
+            steps = method.steps or studio.settings.steps
+            record = {"name": row.name, "steps": steps, **asdict(quality), **asdict(timing)}
+            with plan.partial.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(record) + "\n")
+            print(
+                f"{row.name:58} {quality.evaluations:5.1f} evaluations  {quality.psnr_db:6.2f} dB  "
+                f"{timing.wall_s:.2f} of {timing.baseline_wall_s:.2f} s",
+                flush=True,
+            )
+    # Nothing may be left behind by any method: the first picture must come out as it did.
+    again = studio.draw(*studio.batches()[0])
+    if not torch.equal(again, uncached[: len(again)]):
+        print("warning: the uncached picture changed while methods were switched on and off", file=sys.stderr)
+
+
+def run_peers(given: argparse.Namespace, library: str) -> None:
+    """Measures one library's rows in a child process; what it patches goes with it."""
+    print(f"-- {library}, in a process of its own", flush=True)
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--peers", library]
+    done = subprocess.run(command, check=False)
+    if done.returncode:
+        print(f"warning: the rows of {library} ended with code {done.returncode}; see above", file=sys.stderr)
+
+
+def write_table(plan: Plan, rows: Sequence[Row], *, keep_others: bool) -> None:
+    """Rewrites the CSV from the partial file: beside it first, then in its place."""
+    file = plan.folder / "flux_nano.csv"
+    done = finished(plan)
+    table = {row.name: line_of(plan.settings, row, done[row.name]) for row in rows if row.name in done}
+    if keep_others and file.is_file():
+        before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)}
+        table = {**before, **table}
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".part")
+    with partial.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+    partial.replace(file)
+
+
+def line_of(settings: Settings, row: Row, record: dict[str, Any]) -> dict[str, Any]:
+    """One line of the CSV, rounded to what can be told apart."""
+    digits = {
+        "evaluations": 2, "wall_s": 4, "baseline_wall_s": 4, "psnr_db": 2, "ssim": 4, "psnr_converged_db": 2,
+        "checked": 3, "cache_mib": 3,
+    }  # fmt: skip
+    measured = {key: rounded(record[key], places) for key, places in digits.items()}
+    return {
+        "host": "diffusers",
+        "device": device_name(settings.device),
+        "dtype": settings.dtype,
+        "size": f"{settings.width}x{settings.height}",
+        "steps": record["steps"],
+        "batch": settings.batch,
+        "method": row.method,
+        "knob": row.knob,
+        "predictor": row.predictor,
+        **measured,
+    }
+
+
+def rounded(value: float | None, places: int) -> str:
+    """The number as it stands in the file; empty when it was not measured."""
+    if value is None:
+        return ""
+    return f"{value:.{places}f}".rstrip("0").rstrip(".") if math.isfinite(value) else str(value)
+
+
+def device_name(device: str) -> str:
+    """ "cpu" with its threads, or the GPU's own name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+if __name__ == "__main__":
+    main()
