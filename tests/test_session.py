@@ -295,7 +295,7 @@ METHODS = {
 def test_a_lane_owns_its_tensors(name: str, batch: int) -> None:
     # A host adds into its tensors in place: before, between and after the blocks, and into what it was given back.
     def in_place(x: Tensor) -> Tensor:
-        return x.add_(1.0)
+        return x.mul_(1.5)
 
     def spoiled(run: Session, blocks: Blocks, x: Tensor, sigma: float) -> Tensor:
         x = x.clone()
@@ -308,9 +308,10 @@ def test_a_lane_owns_its_tensors(name: str, batch: int) -> None:
     clean, dirty = session(METHODS[name]), session(METHODS[name])
     for i, sigma in enumerate(SIGMAS[:-1]):
         x = torch.cat([X, 2 * X])[:batch] + i
-        expected = Model(*[lambda x: x + 1.0] * 3)(clean, x, sigma, conditions=("a", "b")[:batch])
+        expected = Model(*[lambda x: x * 1.5] * 3)(clean, x, sigma, conditions=("a", "b")[:batch])
         assert torch.equal(spoiled(dirty, [in_place] * 3, x, sigma), expected)
     assert dirty.report.strip == clean.report.strip
+    assert [e.change for e in dirty.report.evaluations] == [e.change for e in clean.report.evaluations]
 
 
 @pytest.mark.parametrize("predictor", [{}, {"predictor": "taylor", "order": 2}])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,7 @@ class CheckerNet(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 112)
         self.stem = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in zip(widths, widths[1:], strict=False)
-            )
+            *(nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths))
         )
         self.body = nn.ModuleList(
             nn.Sequential(nn.Conv2d(112, 112, 3, 1, d, dilation=d), nn.BatchNorm2d(112), nn.ReLU())

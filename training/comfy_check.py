@@ -118,7 +118,8 @@ def flux_parameters(config: dict[str, Any]) -> dict[str, Any]:
         "vec_in_dim": config["pooled_projection_dim"], "context_in_dim": config["joint_attention_dim"],
         "hidden_size": width, "num_heads": config["num_attention_heads"], "mlp_ratio": 4.0,
         "depth": config["num_layers"], "depth_single_blocks": config["num_single_layers"],
-        "axes_dim": list(config["axes_dims_rope"]), "theta": 10000, "qkv_bias": True, "guidance_embed": config["guidance_embeds"],
+        "axes_dim": list(config["axes_dims_rope"]), "theta": 10000, "qkv_bias": True,
+        "guidance_embed": config["guidance_embeds"],
     }  # fmt: skip
 
 

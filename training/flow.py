@@ -6,6 +6,7 @@ Knows the models, not the optimiser: train_flow.py trains what is built here, ev
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-HEADS = 2
+HEADS = 3
 HEAD_DIM = 64
 ROPE_AXES = (16, 24, 24)
 DOUBLE_BLOCKS = 5
@@ -145,7 +146,7 @@ def sample(
     noise = torch.randn(batch, count, PACKED_CHANNELS, generator=torch.Generator().manual_seed(seed)).to(device)
     sigmas = torch.cat([shifted(torch.linspace(1, 1 / steps, steps), count), torch.zeros(1)])
     x, strength = noise, torch.full((batch,), guidance, device=device, dtype=dtype)
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in pairwise(sigmas):
         at = now.expand(batch).to(device, dtype)
         v = velocity(model, x.to(dtype), at, strength, text, grid).float()
         if empty is not None:

@@ -445,7 +445,7 @@ def _layout(scene: Scene, width: int, height: int) -> list[tuple[float, float, f
 
 
 def _jittered(scene: Scene, spots: list[tuple[float, float, float]], unit: float) -> list[tuple[float, float, float]]:
-    """The boxes moved by up to a third of a unit inwards or sideways and resized by up to a tenth, fixed by the seed."""
+    """The boxes moved by up to a third of a unit or so and made smaller by up to a tenth, fixed by the seed."""
     rng = random.Random(scene.seed * 1_000_003 + 7)
     moved = []
     for x, y, side in spots:

@@ -146,9 +146,10 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """An untrained CLIP text model, WIDTH wide, pooled at the end token."""
     return CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=CLIP_LENGTH, projection_dim=WIDTH, hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=384, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=CLIP_LENGTH, projection_dim=WIDTH, hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
 

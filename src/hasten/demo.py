@@ -30,7 +30,7 @@ PROMPTS = (
     "a small orange diamond in the bottom right corner on a grey background",
 )
 # The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
-QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 20
+QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 160, 20
 FULL_SIDE, FULL_STEPS = 256, 28
 
 

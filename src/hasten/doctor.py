@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def sdpa_kernels() -> list[Check]:
         if kernel is None:
             found.append(Check(words, False, f"torch {torch.__version__} does not have it"))
             continue
-        reason = _quietly(lambda kernel=kernel: _attend(sdpa_kernel, kernel, scaled_dot_product_attention, query))
+        reason = _quietly(partial(_attend, sdpa_kernel, kernel, scaled_dot_product_attention, query))
         if reason is not None and device.type == "cpu":
             reason = "is not for a CPU"  # torch's own words there are about kernels being switched off
         found.append(Check(words, reason is None, f"works on {device}" if reason is None else reason))

@@ -173,7 +173,8 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
     # Since 0.42 `dtype`, and a warning about `torch_dtype`; before, only the latter.
     word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
     try:
-        return diffusers.FluxPipeline.from_pretrained(folder, local_files_only=True, **{word: dtype})
+        pipeline: Any = diffusers.FluxPipeline
+        return pipeline.from_pretrained(folder, local_files_only=True, **{word: dtype})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded as a FLUX model: {first_line(error)}.") from error
 

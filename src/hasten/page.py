@@ -240,8 +240,8 @@ def _chart(lines: list[Average]) -> str:
             f'<path class="grid" d="M48 {y:.1f}H608"/><text x="40" y="{y + 4:.1f}" class="end">{value:g}</text>'
         )
         value += 5 if high - low <= 30 else 10
-    for x in range(0, int(most) + 1, 4):
-        marks.append(f'<text x="{at(x, low)[0]:.1f}" y="270" class="mid">{x}</text>')
+    for step in range(0, int(most) + 1, 4):
+        marks.append(f'<text x="{at(step, low)[0]:.1f}" y="270" class="mid">{step}</text>')
     points = [at(x, y) for x, y in sorted(rivals.items())]
     marks.append('<path class="rival" d="M' + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + '"/>')
     marks += [f'<circle class="rival" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 import uuid
 from pathlib import Path
@@ -128,3 +129,11 @@ def sample_noise(model: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> 
     import comfy.sample
 
     return comfy.sample.sample(model, noise, *args, **kwargs)
+
+
+def extra_node(name: str) -> Any:
+    """A module of ComfyUI's own extra nodes, which lie a folder deeper in its packaged form."""
+    for package in ("comfy_extras", "comfy_extras.nodes"):
+        if importlib.util.find_spec(f"{package}.{name}") is not None:
+            return importlib.import_module(f"{package}.{name}")
+    raise ModuleNotFoundError(name)

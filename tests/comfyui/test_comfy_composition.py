@@ -195,8 +195,7 @@ def test_our_attention_is_near_cores(rig: Any, model: Any) -> None:
 
 
 def test_cores_easycache_stays_in_charge(rig: Any, model: Any) -> None:
-    from comfy_extras.nodes_easycache import EasyCacheNode
-
+    EasyCacheNode = rig.extra_node("nodes_easycache").EasyCacheNode
     core = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
     alone = rig.sample(core)
     patched = host.put_recipe(core, OFTEN)

@@ -151,7 +151,7 @@ class Tokens:
 
     def untokenize(self, tokens: Sequence[Any]) -> list[tuple[Any, str]]:
         """Each token with its text."""
-        return [(token, self.pieces.decode([token[0]])) for token in tokens]
+        return [(token, str(self.pieces.decode([token[0]]))) for token in tokens]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of it is saved into checkpoints."""
