@@ -23,14 +23,14 @@ from hasten.showing import Average, Showing, averages
 # In the words that flux-nano was taught: things, colours, places, grounds.
 PROMPTS = (
     "a red apple on a blue table",
-    "a yellow star above a purple heart on a green background",
-    "a fox face on a yellow gradient background",
-    "a large blue letter K on a dotted pink background",
-    "an octopus to the left of a watermelon",
-    "a small orange diamond in the bottom right corner on a grey background",
+    "a large purple heart on a yellow striped background",
+    "a panda face on a green gradient background",
+    "a blue letter K at the top left on a pink background",
+    "a soccer ball on a grey table",
+    "a small orange star at the bottom right on a white background",
 )
 # The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
-QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 160, 20
+QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 28
 FULL_SIDE, FULL_STEPS = 256, 28
 
 
