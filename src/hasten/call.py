@@ -47,6 +47,7 @@ class Call:
         self._seam = 0
         self._kept: dict[int, Tensor] = {}
         self._entries: dict[int, Tensor] = {}
+        self._signals: dict[int, Tensor] = {}
 
     def keep_entry(self, block: int, image: Tensor) -> None:
         """Keeps a block's input because a residual is measured from it."""
@@ -78,6 +79,9 @@ class Call:
         cache = self.terms.cache
         image = image.detach()
         sigma = self.ongoing.moment.sigma
+        for seam, signal in self._signals.items():
+            self._keep_reference(seam, signal)
+        self._signals.clear()
         for seam, kept in self._kept.items():
             if cache.dtype == "float32":
                 delta = image.to(torch.float32) - kept.to(torch.float32)
@@ -181,12 +185,20 @@ class Call:
         return largest(changes)
 
     def _refer(self, seam: int, now: Tensor | None) -> None:
-        """Keeps the signal as the next one to compare with: always the latest, or the last computed one."""
-        if now is None or (self.standing_in and not self.terms.cache.compares_with_latest()):
+        """Keeps the signal as the next one to compare with: at once, or when this evaluation proves computed."""
+        if now is None:
             return
+        # `finish` turns the seam's copy into the delta: an output that is kept needs memory of its own.
+        own = now.clone() if self.plan.signal == "output" else now
+        if self.terms.cache.compares_with_latest():
+            self._keep_reference(seam, own)
+        elif not self.standing_in:
+            # A walk may still end in reuse at a later seam: then nothing was computed, and nothing moves.
+            self._signals[seam] = own
+
+    def _keep_reference(self, seam: int, signal: Tensor) -> None:
         for row in self.rows:
-            shared = len(self.rows) > 1 or self.plan.signal == "output"
-            row.lane.at(seam).reference = now[row.rows].clone() if shared else now
+            row.lane.at(seam).reference = signal if len(self.rows) == 1 else signal[row.rows].clone()
 
     # The whole model as one span (EasyCache): input and output are the model's own, (B, ...).
 
@@ -194,8 +206,9 @@ class Call:
         """At the model's door: the stand-in for its output, or None when it has to be run. x: its noise channels."""
         ongoing, x = self.ongoing, x.detach()
         fresh = any(not row.lane.at(-1).deltas for row in self.rows)
-        if ongoing.decision is None:
-            self._decide_model(x, fresh)
+        with self.terms.lock:
+            if ongoing.decision is None:
+                self._decide_model(x, fresh)
         if ongoing.decision is Decision.REUSE and fresh:
             self.terms.report.note("a lane without history computed while another reused")
         elif ongoing.decision is Decision.REUSE:

@@ -6,6 +6,7 @@ Times on a GPU are CUDA events that are read when the run is over, so that nothi
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +33,10 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         keys = ("index", "interval", "sigma", "lanes", "decision", "change", "block", "reason", "ms")
-        return {key: getattr(self, key) for key in keys}
+        plain = {key: getattr(self, key) for key in keys}
+        if self.change is not None and not math.isfinite(self.change):
+            plain["change"] = None  # JSON knows neither NaN nor infinity; the reason tells of it
+        return plain
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Report:
 
     def _why_nothing(self) -> str:
         """What kept every evaluation from reuse; where changes were measured, the one that came closest."""
-        measured = [e for e in self.evaluations if e.change is not None]
+        measured = [e for e in self.evaluations if e.change is not None and math.isfinite(e.change)]
         if measured:
             closest = min(measured, key=lambda e: e.change if e.change is not None else 0.0)
             return f"closest was {closest.reason}"

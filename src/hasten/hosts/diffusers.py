@@ -289,7 +289,11 @@ class Accelerated:
     def __enter__(self) -> Accelerated:
         self._handle = Handle(self.pipe.transformer, self.recipe)
         self._handle.watch = self.watch
-        self._watch(self.pipe.scheduler, self._handle)
+        try:
+            self._watch(self.pipe.scheduler, self._handle)
+        except BaseException:
+            self._handle.remove()
+            raise
         return self
 
     def __exit__(

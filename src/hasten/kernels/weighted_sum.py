@@ -8,6 +8,7 @@ adds the deltas one by one.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,9 +50,18 @@ def _(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
 @_weighted_sum.register_kernel("cuda")
 def _on_cuda(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
     kernel = triton_kernel()
-    if kernel is None:
-        return _weighted_sum._init_fn(base, deltas, weights)
-    return launch(kernel, base, deltas, weights)
+    if kernel is not None:
+        try:
+            with torch.cuda.device(base.device):  # Triton launches on the current device
+                return launch(kernel, base, deltas, weights)
+        except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
+            _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
+    return _weighted_sum._init_fn(base, deltas, weights)
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logging.getLogger("hasten").warning("the Triton sum cannot be used here, torch adds up instead (%s)", reason)
 
 
 def launch(kernel: Any, base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
