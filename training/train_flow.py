@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from train_text import varied
 
 SMALL = (128, 128)
-SMALL_SHARE = 0.65  # of the batches; the other sizes share the rest
+SMALL_SHARE = 0.65  # of the batches unless --small-share; the other sizes share the rest
 TOKENS_A_BATCH = {"cpu": 2048, "cuda": 24576}  # image tokens; 64 make a picture of 128x128, 256 one of 256x256
 TEXT_LENGTHS, TEXT_SHARES = (24, 64, 128, 256, 512), (10, 60, 12, 9, 9)
 LATE_TEXT_SHARES = (5, 65, 12, 9, 9)
@@ -130,7 +130,8 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = args.device
-        self.master = build_transformer().to(self.device)
+        start = args.start and FluxTransformer2DModel.from_pretrained(args.start, torch_dtype=torch.float32)
+        self.master = (start or build_transformer()).to(self.device)
         self.average = copy.deepcopy(self.master).requires_grad_(False)
         self.work = copy.deepcopy(self.master).to(torch.bfloat16).train()
         self.head = DenseHead().to(self.device, torch.bfloat16)
@@ -243,6 +244,8 @@ def main() -> None:
     parser.add_argument("--export-minutes", type=float, default=10)
     parser.add_argument("--limit", type=int, default=40_000, help="scenes of 128x128 at most")
     parser.add_argument("--limit-others", type=int, default=4_000, help="scenes of every other size at most")
+    parser.add_argument("--small-share", type=float, default=SMALL_SHARE, help="share of the 128x128 batches")
+    parser.add_argument("--start", type=Path, help="a transformer folder to go on from, with new optimisers")
     parser.add_argument("--resume", action="store_true", help="take up OUT/state.pt")
     parser.add_argument("--spent", type=float, default=0, help="minutes already trained before --resume")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -279,7 +282,7 @@ def main() -> None:
             break
         if share > 1 - GUIDED_SHARE:
             trainer.refresh_teacher()
-        size = SMALL if not others or rng.random() < SMALL_SHARE else rng.choice(others)
+        size = SMALL if not others or rng.random() < args.small_share else rng.choice(others)
         length = rng.choices(TEXT_LENGTHS, TEXT_SHARES if share < 0.6 else LATE_TEXT_SHARES)[0]
         flow, dense = train_step(trainer, sets[size], texts, rng, length, share)
         losses.append((flow, dense))
