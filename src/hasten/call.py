@@ -7,8 +7,10 @@ up for a reused one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ class Terms:
     predictor: Predictor
     report: Report
     watch: Watch | None = None
-    lock: RLock = field(default_factory=RLock)  # type: ignore[valid-type]
+    lock: AbstractContextManager[Any] = field(default_factory=RLock)
 
 
 class Call:

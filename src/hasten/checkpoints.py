@@ -81,7 +81,7 @@ def load_transformer(path: Path, dtype: Any) -> Any:
         "axes_dims_rope": ROPE_AXES[head_dim],
     }
     state = to_diffusers(read_weights(path, "transformer", dtype))
-    return _filled(lambda: FluxTransformer2DModel(**config), state, path)  # type: ignore[no-untyped-call]
+    return _filled(lambda: FluxTransformer2DModel(**config), state, path)
 
 
 def to_diffusers(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def read_picture(path: Path) -> Image:
         raise FileNotFoundError(f"there is no picture file {path}: check the path, or put a prompt in quotes.")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            picture: Image = image.convert("RGB")
+            return picture
     except (UnidentifiedImageError, OSError, SyntaxError):
         raise ValueError(f"{path} is not a picture that can be read: give a PNG or JPEG file.") from None
 

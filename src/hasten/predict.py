@@ -48,9 +48,8 @@ def chebyshev_weights(
     low, high: the sigmas that are mapped to -1 and 1. Solved in float64.
     Source: Spectrum (arXiv 2603.01623), there on step indices; here on sigmas.
     """
-    to_tau = lambda s: 2.0 * (np.asarray(s, dtype=np.float64) - low) / (high - low) - 1.0  # noqa: E731
-    x = np.polynomial.chebyshev.chebvander(to_tau(past_sigmas), degree)
-    here = np.polynomial.chebyshev.chebvander(to_tau([sigma]), degree)[0]
+    tau = 2.0 * (np.asarray([*past_sigmas, sigma], dtype=np.float64) - low) / (high - low) - 1.0
+    *x, here = np.polynomial.chebyshev.chebvander(tau, degree)
     # lstsq of the stacked system rather than a solve: with ridge 0 and few deltas X^T X is singular.
     stacked = np.vstack([x, np.sqrt(ridge) * np.eye(degree + 1)])
     solution = np.linalg.pinv(stacked)[:, : len(past_sigmas)]

@@ -146,7 +146,7 @@ class Cache:
             )
         if self.method == "magcache" and not self.ratios:
             raise ValueError(
-                "cache.method is magcache but cache.ratios is empty: measure them with hasten.calibrate(pipe, prompts), "
+                "cache.method is magcache but cache.ratios is empty: measure them with `hasten calibrate`, "
                 "or copy a published list for your model."
             )
         if self.method == "teacache" and not self.coefficients:

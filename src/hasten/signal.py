@@ -37,7 +37,8 @@ def magnitude_ratio(now: Tensor, before: Tensor) -> Tensor:
     now, before: (B, N, C). Source: MagCache (arXiv 2506.09045), its calibration.
     """
     norms = torch.linalg.vector_norm(now, dim=-1, dtype=torch.float32)
-    return (norms / (torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32) + 1e-8)).mean()
+    ratio: Tensor = (norms / (torch.linalg.vector_norm(before, dim=-1, dtype=torch.float32) + 1e-8)).mean()
+    return ratio
 
 
 def largest(changes: Sequence[Tensor]) -> float:

@@ -51,11 +51,8 @@ def load_files(files: dict[str, Path], tokenizers: str | None, dtype: Any) -> An
     transformer = checkpoints.load_transformer(parts["transformer"], dtype)
     # FLUX.1-schnell is the one without embedded guidance, and it was distilled without a shift.
     dev = bool(transformer.config.guidance_embeds)
-    scheduler = FlowMatchEulerDiscreteScheduler(  # type: ignore[no-untyped-call]
-        shift=3.0 if dev else 1.0, use_dynamic_shifting=dev
-    )
-    return FluxPipeline(  # type: ignore[no-untyped-call]
-        scheduler=scheduler,
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
         vae=checkpoints.load_vae(parts["vae"], dtype),
         text_encoder=checkpoints.load_clip(parts["clip_l"], dtype, clip_tokens),
         tokenizer=clip_tokens,
@@ -70,7 +67,7 @@ def find_tokenizers(source: str | None) -> tuple[Any, Any]:
 
     Raises ValueError in one sentence when they cannot be had, offline for one.
     """
-    from transformers import CLIPTokenizer, T5TokenizerFast  # type: ignore[attr-defined]
+    from transformers import CLIPTokenizer, T5TokenizerFast
 
     found = []
     for kind, rooms, home in zip((CLIPTokenizer, T5TokenizerFast), ROOMS, HUB_TOKENIZERS, strict=True):

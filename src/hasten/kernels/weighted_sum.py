@@ -56,7 +56,8 @@ def _on_cuda(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor
                 return launch(kernel, base, deltas, weights)
         except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
             _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
-    return _weighted_sum._init_fn(base, deltas, weights)
+    summed: Tensor = _weighted_sum._init_fn(base, deltas, weights)
+    return summed
 
 
 @functools.cache
@@ -91,36 +92,9 @@ def launch(kernel: Any, base: Tensor, deltas: list[Tensor], weights: list[float]
 
 @functools.cache
 def triton_kernel() -> Any:
-    """The kernel, made on first use; None where Triton is missing."""
+    """The kernel, compiled on its first launch; None where Triton is missing."""
     try:
-        import triton
-        import triton.language as tl
+        from hasten.kernels.sum_terms import sum_terms
     except ImportError:
         return None
-
-    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-    def sum_terms(  # type: ignore[no-untyped-def]
-        out, base, d0, d1, d2, d3, d4, d5, d6, d7, w0, w1, w2, w3, w4, w5, w6, w7, count,
-        TERMS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < count
-        total = tl.load(base + at, mask=inside).to(tl.float32)
-        total += w0 * tl.load(d0 + at, mask=inside).to(tl.float32)
-        if TERMS > 1:
-            total += w1 * tl.load(d1 + at, mask=inside).to(tl.float32)
-        if TERMS > 2:
-            total += w2 * tl.load(d2 + at, mask=inside).to(tl.float32)
-        if TERMS > 3:
-            total += w3 * tl.load(d3 + at, mask=inside).to(tl.float32)
-        if TERMS > 4:
-            total += w4 * tl.load(d4 + at, mask=inside).to(tl.float32)
-        if TERMS > 5:
-            total += w5 * tl.load(d5 + at, mask=inside).to(tl.float32)
-        if TERMS > 6:
-            total += w6 * tl.load(d6 + at, mask=inside).to(tl.float32)
-        if TERMS > 7:
-            total += w7 * tl.load(d7 + at, mask=inside).to(tl.float32)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
-
     return sum_terms
