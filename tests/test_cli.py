@@ -186,6 +186,56 @@ def test_demo_refuses_a_folder_that_is_a_file() -> None:
     assert "is a file" in one_sentence(hasten_command("demo", "--out", "file"))
 
 
+CALIBRATE = ["calibrate", "a red apple", "a green ball", "--steps", "3", "--size", "32x32", "--device", "cpu"]
+
+
+def test_calibrate_writes_a_recipe_that_can_be_drawn_with(model: str) -> None:
+    result = hasten_command(*CALIBRATE, "--model", model, "--out", "mine/mag.toml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == "mine/mag.toml"
+    found = hasten.Recipe.load("mine/mag.toml")
+    assert found.cache.method == "magcache" and found.cache.ratios[0] == 1.0 and len(found.cache.ratios) == 3
+    assert "2 prompts, 32x32, 3 steps, float32" in found.description
+    drawn = hasten_command("generate", "a red apple", "--model", model, "--recipe", "mine/mag.toml", *SMALL)
+    assert drawn.exit_code == 0, drawn.output
+
+
+def test_calibrate_prints_its_recipe_where_no_file_is_named(model: str) -> None:
+    result = hasten_command(*CALIBRATE, "--model", model)
+    assert result.exit_code == 0, result.output
+    assert 'method = "magcache"' in result.stdout
+    plain = json.loads(hasten_command(*CALIBRATE, "--model", model, "--json").stdout)
+    assert plain["file"] is None and len(plain["recipe"]["cache"]["ratios"]) == 3
+    quiet = hasten_command(*CALIBRATE, "--model", model, "--quiet", "--out", "mag.toml")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "") and Path("mag.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "1"], "steps is 1: calibration compares each step with the one before"),
+        (["--out", "mag.json"], "does not end in .toml"),
+        (["--size", "30x32"], "the width is 30"),
+        (["--model", "nonsense"], "there is no model 'nonsense'"),
+    ],
+)
+def test_calibrate_says_what_is_wrong_before_it_loads_anything(options: list[str], words: str) -> None:
+    assert words in one_sentence(hasten_command("calibrate", "a red apple", *options))
+    assert "the prompt is empty" in one_sentence(hasten_command("calibrate", "a red apple", " "))
+    assert list(Path().iterdir()) == []
+
+
+def test_an_interrupted_calibration_leaves_the_old_recipe(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    Path("mag.toml").write_text("schema = 1\n")
+    monkeypatch.setattr("hasten.calibrate.calibrate", interrupted)
+    result = hasten_command(*CALIBRATE, "--model", model, "--out", "mag.toml")
+    assert result.exit_code == 130
+    assert [(path.name, path.read_text()) for path in Path().iterdir()] == [("mag.toml", "schema = 1\n")]
+
+
 def test_recipes_are_listed_and_printed(recipe: str) -> None:
     listed = json.loads(hasten_command("recipes", "--json").stdout)
     assert [line["name"] for line in listed] == hasten.recipe_names()
@@ -206,7 +256,7 @@ def test_doctor_prints_every_room() -> None:
 
 def test_version_and_help() -> None:
     assert hasten_command("--version").stdout.strip() == hasten.__version__
-    for command in ("generate", "compare", "demo", "recipes", "doctor"):
+    for command in ("generate", "compare", "demo", "calibrate", "recipes", "doctor"):
         assert command in hasten_command("--help").stdout
         assert hasten_command(command, "--help").exit_code == 0
 

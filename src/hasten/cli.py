@@ -251,6 +251,49 @@ def demo(
 
 @app.command()
 @in_one_sentence
+def calibrate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts in quotes, three to ten; the demo's six if left out.")
+    ] = None,
+    model: ModelName = None,
+    steps: Steps = 28,
+    size: Size = None,
+    seed: Seed = 0,
+    guidance: Guidance = 3.5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="The recipe file, .toml; printed if left out.")] = None,
+    transformer: TransformerFile = None,
+    vae: VaeFile = None,
+    clip_l: ClipFile = None,
+    t5xxl: T5File = None,
+    tokenizers: TokenizersPlace = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure MagCache's ratios on a model and make a recipe of them."""
+    from hasten.calibrate import calibrated_recipe, check_calibration, write_recipe
+    from hasten.demo import PROMPTS
+    from hasten.loading import Model
+
+    screen = Screen(quiet=quiet, as_json=as_json)
+    options = {"steps": steps, "seed": seed, "guidance": guidance}
+    makers = [_request_maker(prompt, size, options) for prompt in prompts or PROMPTS]
+    where = Model(model, transformer, vae, clip_l, t5xxl, tokenizers)
+    check = lambda: check_calibration([make(None) for make in makers], out)  # noqa: E731
+    painter = _painter(screen, where, device, dtype, check)
+    with screen.progress() as progress:
+        recipe = calibrated_recipe(painter, [make(painter) for make in makers], progress=progress)
+    if out is not None:
+        write_recipe(recipe, out)
+    if as_json:
+        print(json.dumps({"file": str(out) if out else None, "recipe": recipe.to_dict()}, indent=2))
+        return
+    screen.say(str(out) if out is not None else recipe.to_toml().rstrip())
+
+
+@app.command()
+@in_one_sentence
 def recipes(
     name: Annotated[str | None, typer.Argument(help="One of them, to be printed as TOML.")] = None,
     as_json: Json = False,

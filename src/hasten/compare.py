@@ -60,15 +60,14 @@ def ssim(a: Picture, b: Picture) -> float:
 
 def read_picture(path: Path) -> Image:
     """The picture in the file as 8-bit RGB. Raises FileNotFoundError, or ValueError when it is no picture."""
-    from PIL import Image, UnidentifiedImageError
+    import PIL.Image
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture file {path}: check the path, or put a prompt in quotes.")
     try:
-        with Image.open(path) as image:
-            picture: Image = image.convert("RGB")
-            return picture
-    except (UnidentifiedImageError, OSError, SyntaxError):
+        with PIL.Image.open(path) as image:
+            return image.convert("RGB")
+    except (PIL.UnidentifiedImageError, OSError, SyntaxError):
         raise ValueError(f"{path} is not a picture that can be read: give a PNG or JPEG file.") from None
 
 

@@ -133,7 +133,7 @@ class FluxPainter:
                 guidance_scale=request.guidance,
                 generator=generators,
                 max_sequence_length=self.text_tokens,
-                callback_on_step_end=_each_step(on_step) if on_step else None,
+                callback_on_step_end=each_step(on_step) if on_step else None,
             ).images
             self._wait()
             wall_s = time.perf_counter() - begin
@@ -177,7 +177,9 @@ def device_words(device: Any) -> str:
     return f"cuda ({torch.cuda.get_device_name(device)})"
 
 
-def _each_step(on_step: StepDone) -> Callable[..., dict[str, Any]]:
+def each_step(on_step: StepDone) -> Callable[..., dict[str, Any]]:
+    """`callback_on_step_end` of a diffusers pipeline, which changes nothing and tells of each step."""
+
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
         return {}
