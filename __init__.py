@@ -33,6 +33,12 @@ def _choose_engine() -> None:
         )
 
 
+def _warn_of_an_old_comfyui() -> None:
+    """Says why there are no nodes where ComfyUI never calls comfy_entrypoint: before its V3 schema."""
+    if "comfy" in sys.modules and "comfy_api.latest" not in sys.modules:
+        _log.warning("ComfyUI-Lightning needs ComfyUI 0.3.48 or newer: update ComfyUI, then restart.")
+
+
 async def comfy_entrypoint() -> Any:
     """The pack's ComfyExtension; one without nodes, and a sentence in the log, when they cannot be loaded."""
     from comfy_api.latest import ComfyExtension
@@ -58,3 +64,4 @@ async def comfy_entrypoint() -> Any:
 
 
 _choose_engine()
+_warn_of_an_old_comfyui()

@@ -92,8 +92,12 @@ class Flux(nn.Module):
 
     __module__ = "comfy.ldm.flux.model"
 
-    def __init__(self, double: int = 3, single: int = 3, *, newer: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, double: int = 3, single: int = 3, *, newer: bool = False, handed: bool = True, seed: int = 0
+    ) -> None:
+        """newer: which blocks add in place. handed: blocks get the options, as they do since 0.3.60."""
         super().__init__()
+        self.handed = handed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.img_in, self.txt_in = nn.Linear(4, WIDTH), nn.Linear(8, WIDTH)
@@ -109,6 +113,9 @@ class Flux(nn.Module):
                           transformer_options)  # fmt: skip
         return self.final_layer(img).transpose(1, 2).reshape(b, c, h, w)
 
+    def options(self, transformer_options: Any) -> dict[str, Any]:
+        return {"transformer_options": transformer_options} if self.handed else {}
+
     def blocks(self, img: Tensor, txt: Tensor, vec: Tensor, control: Any, transformer_options: Any) -> Tensor:
         replace = transformer_options.get("patches_replace", {}).get("dit", {})
         for i, block in enumerate(self.double_blocks):
@@ -118,7 +125,7 @@ class Flux(nn.Module):
                     img, txt = block(args["img"], args["txt"], args["vec"])
                     return {"img": img, "txt": txt}
 
-                given = {"img": img, "txt": txt, "vec": vec, "transformer_options": transformer_options}
+                given = {"img": img, "txt": txt, "vec": vec, **self.options(transformer_options)}
                 out = replace[("double_block", i)](given, {"original_block": double})
                 img, txt = out["img"], out["txt"]
             else:
@@ -132,7 +139,7 @@ class Flux(nn.Module):
                 def single(args: Any, block: Any = block) -> dict[str, Tensor]:
                     return {"img": block(args["img"], args["vec"])}
 
-                given = {"img": img, "vec": vec, "transformer_options": transformer_options}
+                given = {"img": img, "vec": vec, **self.options(transformer_options)}
                 img = replace[("single_block", i)](given, {"original_block": single})["img"]
             else:
                 img = block(img, vec)

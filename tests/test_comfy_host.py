@@ -182,6 +182,16 @@ def test_conditions_on_two_devices_at_once_are_kept_apart(model: Any) -> None:
     assert {e.lanes for e in report.evaluations} == {2}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_older_versions_that_hand_their_blocks_no_options_are_served_too(method: str) -> None:
+    older, newer = (fake_comfy.Patcher(fake_comfy.Base(fake_comfy.Flux(handed=handed))) for handed in (False, True))
+    out, report = run(older, recipe(method, **METHODS[method]))
+    wanted, expected = run(newer, recipe(method, **METHODS[method]))
+    assert report.reused >= 2
+    assert report.strip == expected.strip
+    assert torch.equal(out, wanted)
+
+
 def test_heun_like_samplers_keep_a_history_for_each_call_of_a_step(model: Any) -> None:
     out, report = run(model, recipe("interval", every=2), calls_a_step=2)
     assert len(report.evaluations) == 2 * STEPS

@@ -244,6 +244,13 @@ def test_nodes_that_cannot_be_loaded_cost_one_sentence(pack: Path, nodes: str | 
     assert said[1] == "[]"
 
 
+def test_a_comfyui_without_the_v3_schema_is_told_of(pack: Path) -> None:
+    script = "del sys.modules['comfy_api.latest']; sys.modules['comfy'] = types.ModuleType('comfy'); load(pack)"
+    assert at_the_door(pack, script) == (
+        "WARNING ComfyUI-Lightning needs ComfyUI 0.3.48 or newer: update ComfyUI, then restart.\n"
+    )
+
+
 def test_pytest_never_imports_the_door() -> None:
     door = ROOT / "__init__.py"
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]

@@ -62,6 +62,9 @@ class Call:
         image: (B, N, C). modulated: gives block 0's modulated input, (B, N, C), where the plan measures that.
         """
         self._kept[seam] = image.detach().clone()
+        # Not `any` over a generator: each row's history is looked at.
+        if any([row.lane.at(seam).forget_unlike(image) for row in self.rows]):
+            self.terms.report.note("the number of image tokens changed: computed afresh from there")
         self._plan_memory(image)
         now = self._signal(seam, self._kept[seam], modulated)
         ongoing = self.ongoing

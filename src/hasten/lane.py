@@ -31,6 +31,18 @@ class History:
         self.deltas.append(delta)
         del self.sigmas[:-window], self.deltas[:-window]
 
+    def forget_unlike(self, image: Tensor) -> bool:
+        """Drops all of it, and says so, where it is of other tokens than `image`, (B, N, C).
+
+        A host's other patches may add or drop image tokens within a run: a delta of other tokens cannot stand in.
+        """
+        if all(tensor.shape[1:] == image.shape[1:] for tensor in self.tensors()):
+            return False
+        self.reference = None
+        self.sigmas.clear()
+        self.deltas.clear()
+        return True
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept here."""
         return [*self.deltas, *([] if self.reference is None else [self.reference])]

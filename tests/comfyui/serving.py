@@ -17,14 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX_NANO = ROOT / "models" / "flux-nano"
-# Without a GPU torchvision's wheel looks for operators that a CPU torch lacks: two empty ones satisfy it.
-CUSTOMIZE = """
-import sys, torch
-if not torch.cuda.is_available():
-    sys.torchvision_library = torch.library.Library("torchvision", "DEF")
-    for op in ("nms", "qnms"):
-        sys.torchvision_library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-"""
+CUSTOMIZE = Path(__file__).with_name("customize")
 
 
 class Server:
@@ -70,15 +63,13 @@ def started(comfyui: Path, base: Path) -> Iterator[Server]:
     """ComfyUI with this checkout in custom_nodes, on a free port, its files in the empty folder `base`."""
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "ComfyUI-Lightning").symlink_to(ROOT)
-    (base / "custom").mkdir()
-    (base / "custom" / "sitecustomize.py").write_text(CUSTOMIZE, encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = base / "log.txt"
     command = [sys.executable, "main.py", "--cpu", "--base-directory", str(base), "--port", str(port),
                "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]  # fmt: skip
-    paths = os.pathsep.join([str(base / "custom"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(CUSTOMIZE), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("w") as out:
         process = subprocess.Popen(
             command, cwd=comfyui, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": paths}

@@ -94,6 +94,32 @@ def test_batch_of_four_with_guidance(rig: Any, model: Any) -> None:
     agrees(rig, model, batch=4, cfg=2.5)
 
 
+def test_another_patch_that_changes_the_number_of_image_tokens(rig: Any, model: Any) -> None:
+    """Some packs append reference tokens, and drop them later in the run: what was kept of the others is forgotten."""
+    calls = []
+
+    def references(given: dict[str, Any]) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) % 8 not in (1, 2, 3):
+            return given
+        return {**given, "img": torch.cat([given["img"], given["img"][:, :4]], dim=1),
+                "img_ids": torch.cat([given["img_ids"], given["img_ids"][:, :4]], dim=1)}  # fmt: skip
+
+    patched = model.clone()
+    if not hasattr(patched, "set_model_post_input_patch"):
+        pytest.skip("this ComfyUI has no post_input patches")
+    patched.set_model_post_input_patch(references)
+    stock = rig.sample(patched)
+    for method in ("fbcache", "mbcache", "teacache", "interval"):
+        more = {"every": 2} if method == "interval" else {"threshold": 0.5}
+        exact, _ = run(rig, patched, recipe(method, every=1) if method == "interval" else recipe(method, threshold=0.0))
+        assert torch.equal(exact, stock), method
+        near, report = run(rig, patched, recipe(method, **more))
+        assert "the number of image tokens changed: computed afresh from there" in report.notes
+        assert report.reused >= 1
+        assert torch.isfinite(near).all()
+
+
 def controlled(strength: float) -> Any:
     """A ControlNet that adds to double and single blocks, as FLUX's union ControlNets do."""
     from comfy.controlnet import ControlBase

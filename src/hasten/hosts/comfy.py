@@ -173,6 +173,7 @@ class Run:
         self.doubles = anatomy.stage("double").blocks
         self.blocks = anatomy.blocks
         self.sigma: float | None = None
+        self.latest: Held | None = None
         self.gates: dict[tuple[str, int], Patch] = {}
         for remark in self.remarks:
             self.session.report.note(remark)
@@ -190,13 +191,20 @@ class Run:
                 single = block >= self.doubles
                 name = ("single_block", block - self.doubles) if single else ("double_block", block)
                 hang = _hung_on_single if single else _hung_on_double
-                dit[name] = self.gates[name] = hang(Gate(block), dit.get(name))
+                dit[name] = self.gates[name] = hang(self, Gate(block), dit.get(name))
         return own
 
     def close(self) -> Report:
         """Drops every tensor and every gate; gives the report."""
         self.gates.clear()
+        self.latest = None
         return self.session.close()
+
+    def held(self, args: Mapping[str, Any]) -> Held | None:
+        """The call that a block's arguments belong to; None outside of any, where the block simply runs."""
+        to = args.get("transformer_options")
+        # Before 0.3.60 ComfyUI's blocks were not handed the options; it ran one call at a time then.
+        return self.latest if to is None else to.get(CALL)
 
     def predict_noise(self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Any:
         """PREDICT_NOISE: once for each evaluation of the sampler, before its conditions are split into calls."""
@@ -221,18 +229,22 @@ class Run:
         call = self.session.enter(conditions, x, sigma=sigma)
         if self._intact(to):
             # The call is found through its own options: calls may run side by side, each in its thread.
-            own = {**to, CALL: Held(call, executor.class_obj.diffusion_model)}
+            self.latest = Held(call, executor.class_obj.diffusion_model)
+            own = {**to, CALL: self.latest}
             if len(given) < 4:
                 kwargs["transformer_options"] = own
             else:
                 given[3] = own
         else:
             call.excuse = "another patch took over a block"
-        with self._compiled_by_block(executor.class_obj):
-            if self.plan.whole_model:
-                out = self._whole(call, x, t, lambda: executor(x, t, *given, **kwargs))
-            else:
-                out = executor(x, t, *given, **kwargs)
+        try:
+            with self._compiled_by_block(executor.class_obj):
+                if self.plan.whole_model:
+                    out = self._whole(call, x, t, lambda: executor(x, t, *given, **kwargs))
+                else:
+                    out = executor(x, t, *given, **kwargs)
+        finally:
+            self.latest = None
         self.session.leave(call)
         return out
 
@@ -340,16 +352,16 @@ class JointStream:
         raise AssertionError("TeaCache looks at the first double block")
 
 
-def _hung_on_double(gate: Gate, found: Patch | None) -> Patch:
+def _hung_on_double(run: Run, gate: Gate, found: Patch | None) -> Patch:
     """The patch for a double block; `found` is the entry that another pack put there before, run as the block."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        held = (args.get("transformer_options") or {}).get(CALL)
+        held = run.held(args)
         if held is None:
             return _run(found, args, extra)
         held.text_tokens = args["txt"].shape[1]
 
-        def run() -> DoubleStreams:
+        def through() -> DoubleStreams:
             out = _run(found, args, extra)
             return DoubleStreams(out["img"], out, None, None)
 
@@ -357,22 +369,22 @@ def _hung_on_double(gate: Gate, found: Patch | None) -> Patch:
             return DoubleStreams(image, {"img": image, "txt": args["txt"]}, None, None)
 
         entering = DoubleStreams(args["img"], args, args["vec"], held.network)
-        after = gate(held.call, entering, run, with_image)
+        after = gate(held.call, entering, through, with_image)
         return {"img": args["img"], "txt": args["txt"]} if after is entering else after.out
 
     return patch
 
 
-def _hung_on_single(gate: Gate, found: Patch | None) -> Patch:
+def _hung_on_single(run: Run, gate: Gate, found: Patch | None) -> Patch:
     """The patch for a single block; as _hung_on_double."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        held = (args.get("transformer_options") or {}).get(CALL)
+        held = run.held(args)
         if held is None:
             return _run(found, args, extra)
         joint, text_tokens = args["img"], held.text_tokens
 
-        def run() -> JointStream:
+        def through() -> JointStream:
             return JointStream(_run(found, args, extra)["img"], text_tokens)
 
         def with_image(image: Tensor) -> JointStream:
@@ -381,7 +393,7 @@ def _hung_on_single(gate: Gate, found: Patch | None) -> Patch:
             whole[:, text_tokens:] = image
             return JointStream(whole, text_tokens)
 
-        return {"img": gate(held.call, JointStream(joint, text_tokens), run, with_image).joint}
+        return {"img": gate(held.call, JointStream(joint, text_tokens), through, with_image).joint}
 
     return patch
 

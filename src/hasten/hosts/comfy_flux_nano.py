@@ -96,8 +96,28 @@ def load_model(folder: Path) -> Any:
     config.set_inference_dtype(torch.float32 if exact else torch.bfloat16, None)
     offload = management.unet_offload_device()
     base = config.get_model({}, device=offload)
-    base.diffusion_model.load_state_dict(flux_weights(_weights(folder / "transformer")))
+    put_weights(base.diffusion_model, flux_weights(_weights(folder / "transformer")))
     return ModelPatcher(base.eval(), device, offload)
+
+
+def put_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Loads FLUX's weights into ComfyUI's network, whose norms' weights are `scale` or, in newer versions, `weight`.
+
+    Buffers that the network has beyond FLUX.1's weights keep what it made them with. Raises ValueError in one sentence
+    when a weight is missing or has no place.
+    """
+    own = {name for name, _ in network.named_parameters()}
+
+    def named(name: str) -> str:
+        return name if name in own or not name.endswith(".scale") else name.removesuffix("scale") + "weight"
+
+    missing, unplaced = network.load_state_dict({named(k): v for k, v in weights.items()}, strict=False)
+    astray = [*(name for name in missing if name in own), *unplaced]
+    if astray:
+        raise ValueError(
+            f"flux-nano does not fit this ComfyUI's Flux ({astray[0]} and {len(astray) - 1} more): update the pack, "
+            "or use a ComfyUI that docs/comfyui.md names."
+        )
 
 
 def load_vae(folder: Path) -> Any:
