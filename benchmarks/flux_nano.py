@@ -2,9 +2,10 @@
 
     python benchmarks/flux_nano.py
 
-rewrites results/flux_nano.csv and results/flux_nano.png. --resume continues an interrupted run, --only PATTERN
-measures some rows again and keeps the others, --quick is a small run into .cache/quick that proves nothing.
-How each column is measured is written in NOTES.md.
+rewrites results/flux_nano.csv and results/flux_nano.png. Pictures may be drawn on one machine and seconds taken on
+another (`--part pictures` on a GPU, then `--part seconds` on a CPU): each rewrites its own columns, the other's stay.
+--resume continues an interrupted run, --only PATTERN measures some rows again and keeps the others, --quick is a small
+run into .cache/quick that proves nothing. How each column is measured is written in NOTES.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import platform
 import subprocess
 import sys
 import time
@@ -35,6 +37,8 @@ COLUMNS = [
     "host", "device", "dtype", "size", "steps", "batch", "method", "knob", "predictor", "evaluations", "wall_s",
     "baseline_wall_s", "psnr_db", "ssim", "psnr_converged_db", "checked", "cache_mib",
 ]  # fmt: skip
+PICTURES = ("evaluations", "psnr_db", "ssim", "psnr_converged_db", "checked")  # what the two parts rewrite
+SECONDS = ("wall_s", "baseline_wall_s", "cache_mib")
 CACHE = HERE / ".cache"
 TIMED_TOGETHER = 4  # rows that share one interleaved baseline
 CALIBRATION_PROMPTS = 16
@@ -42,9 +46,11 @@ CALIBRATION_PROMPTS = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a run writes and what it takes up again."""
+    """Where a run writes, what it measures and what it takes up again."""
 
     settings: Settings
+    pictures: bool
+    seconds: bool
     folder: Path
     partial: Path
 
@@ -54,20 +60,23 @@ def main() -> None:
     given = arguments()
     settings = settings_of(given)
     folder = CACHE / "quick" if given.quick else HERE / "results"
-    plan = Plan(settings, folder, CACHE / f"rows-{settings.key()}.jsonl")
+    plan = Plan(
+        settings, given.part != "seconds", given.part != "pictures", folder,
+        CACHE / f"rows-{given.part}-{settings.key()}.jsonl",
+    )  # fmt: skip
     CACHE.mkdir(parents=True, exist_ok=True)
     if given.peers:
         studio = Studio(settings)
-        measure_rows(plan, studio, pending(plan, rows_of(given, given.peers)), references(studio))
+        measure_rows(plan, studio, pending(plan, rows_of(given, given.peers)), references(plan, studio))
         return
     if not given.resume:
         plan.partial.unlink(missing_ok=True)
     studio = Studio(settings)
     every = rows_of(given, None)
     say_estimate(studio, plan, every)
-    pictures = references(studio)
-    measure_rows(plan, studio, pending(plan, [row for row in every if not row.process]), pictures)
-    del studio, pictures
+    drawn = references(plan, studio)
+    measure_rows(plan, studio, pending(plan, [row for row in every if not row.process]), drawn)
+    del studio, drawn
     for library in LIBRARIES:
         if pending(plan, rows_of(given, library)):
             run_peers(given, library)
@@ -86,6 +95,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--batch", type=int, default=8, help="prompts in one call, and so in one decision")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", help="rounding in bfloat16 would hide what is to be compared")
+    parser.add_argument("--part", choices=("both", "pictures", "seconds"), default="both")
     parser.add_argument("--quick", action="store_true", help="4 prompts, 1 timed, 12 steps for what is converged")
     parser.add_argument("--only", help="rows whose method/knob/predictor contains this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
@@ -94,7 +105,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings_of(given: argparse.Namespace) -> Settings:
-    """The run's settings; on a GPU the model runs in bfloat16, as users run it, on a CPU in float32."""
+    """The run's settings."""
     device = given.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +119,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         steps=given.steps,
         batch=given.batch,
         device=device,
-        dtype="bfloat16" if device.startswith("cuda") else "float32",
+        dtype=given.dtype,
         converged_steps=12 if given.quick else CONVERGED_STEPS,
     )
 
@@ -140,8 +151,10 @@ def finished(plan: Plan) -> dict[str, dict[str, Any]]:
     return done
 
 
-def references(studio: Studio) -> tuple[torch.Tensor, torch.Tensor]:
+def references(plan: Plan, studio: Studio) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The uncached pictures and the converged ones, each (N, 3, H, W), drawn once for these weights and settings."""
+    if not plan.pictures:
+        return None
     both = []
     for steps in (studio.settings.steps, studio.settings.converged_steps):
         file = CACHE / f"pictures-{steps}-{studio.settings.key(steps)}.pt"
@@ -168,10 +181,11 @@ def say_estimate(studio: Studio, plan: Plan, rows: Sequence[Row]) -> None:
     evaluation = max(seconds[1] - seconds[0], 1e-3) / 4 / size
     decode = max(seconds[0] / size - 2 * evaluation, 0.0)
     waiting = pending(plan, rows)
-    pictures = settings.prompts + settings.timing_prompts
+    pictures = settings.prompts * plan.pictures + settings.timing_prompts * plan.seconds
     total = sum((row.guess * evaluation + decode) * pictures for row in waiting)
-    total += (settings.steps * evaluation + decode) * settings.timing_prompts * len(waiting) / TIMED_TOGETHER
-    converging = settings.converged_steps * evaluation * settings.prompts
+    if plan.seconds:
+        total += (settings.steps * evaluation + decode) * settings.timing_prompts * len(waiting) / TIMED_TOGETHER
+    converging = settings.converged_steps * evaluation * settings.prompts * plan.pictures
     print(
         f"{len(waiting)} of {len(rows)} rows, {evaluation * 1000:.0f} ms an evaluation and {decode * 1000:.0f} ms a "
         f"decoding for each picture: about {total / 60:.0f} min, and {converging / 60:.0f} min more where the "
@@ -180,31 +194,49 @@ def say_estimate(studio: Studio, plan: Plan, rows: Sequence[Row]) -> None:
     )
 
 
-def measure_rows(plan: Plan, studio: Studio, rows: Sequence[Row], pictures: tuple[torch.Tensor, torch.Tensor]) -> None:
+def measure_rows(
+    plan: Plan, studio: Studio, rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor] | None
+) -> None:
     """Measures the rows, some at a time, and appends each group to the partial file as it is done."""
     if not rows:
         return
-    measured = calibration(studio, CACHE, prompts=min(CALIBRATION_PROMPTS, studio.settings.prompts))
-    uncached, converged = pictures
+    settings = studio.settings
+    measured = calibration(studio, CACHE, prompts=min(CALIBRATION_PROMPTS, settings.prompts))
     for first in range(0, len(rows), TIMED_TOGETHER):
         group = rows[first : first + TIMED_TOGETHER]
         methods = [row.make(measured) for row in group]
-        qualities = [measure_quality(studio, method, uncached, converged) for method in methods]
-        timings = measure_time(studio, methods, prompts=studio.settings.timing_prompts)
-        for row, method, quality, timing in zip(group, methods, qualities, timings, strict=True):
-            steps = method.steps or studio.settings.steps
-            record = {"name": row.name, "steps": steps, **asdict(quality), **asdict(timing)}
+        records: list[dict[str, Any]] = [
+            {"name": row.name, "steps": method.steps or settings.steps}
+            for row, method in zip(group, methods, strict=True)
+        ]
+        if drawn is not None:
+            for record, method in zip(records, methods, strict=True):
+                record |= asdict(measure_quality(studio, method, *drawn))
+        if plan.seconds:
+            for record, timing in zip(
+                records, measure_time(studio, methods, prompts=settings.timing_prompts), strict=True
+            ):
+                record |= asdict(timing)
+        for record in records:
             with plan.partial.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
-            print(
-                f"{row.name:58} {quality.evaluations:5.1f} evaluations  {quality.psnr_db:6.2f} dB  "
-                f"{timing.wall_s:.2f} of {timing.baseline_wall_s:.2f} s",
-                flush=True,
-            )
+            print(said(record), flush=True)
+    if drawn is None:
+        return
     # Nothing may be left behind by any method: the first picture must come out as it did.
     again = studio.draw(*studio.batches()[0])
-    if not torch.equal(again, uncached[: len(again)]):
+    if not torch.equal(again, drawn[0][: len(again)]):
         print("warning: the uncached picture changed while methods were switched on and off", file=sys.stderr)
+
+
+def said(record: dict[str, Any]) -> str:
+    """A measured row for the terminal."""
+    line = f"{record['name']:58}"
+    if "psnr_db" in record:
+        line += f" {record['evaluations']:5.1f} evaluations  {record['psnr_db']:6.2f} dB"
+    if "wall_s" in record:
+        line += f"  {record['wall_s']:.2f} of {record['baseline_wall_s']:.2f} s"
+    return line
 
 
 def run_peers(given: argparse.Namespace, library: str) -> None:
@@ -220,9 +252,9 @@ def write_table(plan: Plan, rows: Sequence[Row], *, keep_others: bool) -> None:
     """Rewrites the CSV from the partial file: beside it first, then in its place."""
     file = plan.folder / "flux_nano.csv"
     done = finished(plan)
-    table = {row.name: line_of(plan.settings, row, done[row.name]) for row in rows if row.name in done}
-    if keep_others and file.is_file():
-        before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)}
+    before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)} if file.is_file() else {}
+    table = {row.name: line_of(plan, row, done[row.name], before.get(row.name, {})) for row in rows if row.name in done}
+    if keep_others:
         table = {**before, **table}
     plan.folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
@@ -233,16 +265,18 @@ def write_table(plan: Plan, rows: Sequence[Row], *, keep_others: bool) -> None:
     partial.replace(file)
 
 
-def line_of(settings: Settings, row: Row, record: dict[str, Any]) -> dict[str, Any]:
-    """One line of the CSV, rounded to what can be told apart."""
+def line_of(plan: Plan, row: Row, record: dict[str, Any], before: dict[str, str]) -> dict[str, Any]:
+    """One line of the CSV, rounded to what can be told apart; columns of the other part stay as they were."""
+    settings = plan.settings
     digits = {
         "evaluations": 2, "wall_s": 4, "baseline_wall_s": 4, "psnr_db": 2, "ssim": 4, "psnr_converged_db": 2,
         "checked": 3, "cache_mib": 3,
     }  # fmt: skip
-    measured = {key: rounded(record[key], places) for key, places in digits.items()}
+    mine = (PICTURES if plan.pictures else ()) + (SECONDS if plan.seconds else ())
+    measured = {key: rounded(record[key], digits[key]) if key in mine else before.get(key, "") for key in digits}
     return {
         "host": "diffusers",
-        "device": device_name(settings.device),
+        "device": device_names(plan, before.get("device", "")),
         "dtype": settings.dtype,
         "size": f"{settings.width}x{settings.height}",
         "steps": record["steps"],
@@ -254,6 +288,16 @@ def line_of(settings: Settings, row: Row, record: dict[str, Any]) -> dict[str, A
     }
 
 
+def device_names(plan: Plan, before: str) -> str:
+    """The device's name; of a table in two parts, "pictures: NAME; seconds: NAME"."""
+    name = device_name(plan.settings.device)
+    if plan.pictures and plan.seconds:
+        return name
+    parts = dict(part.split(": ", 1) for part in before.split("; ") if ": " in part)
+    parts["pictures" if plan.pictures else "seconds"] = name
+    return "; ".join(f"{part}: {parts[part]}" for part in ("pictures", "seconds") if part in parts)
+
+
 def rounded(value: float | None, places: int) -> str:
     """The number as it stands in the file; empty when it was not measured."""
     if value is None:
@@ -262,10 +306,18 @@ def rounded(value: float | None, places: int) -> str:
 
 
 def device_name(device: str) -> str:
-    """ "cpu" with its threads, or the GPU's own name."""
+    """The GPU's own name, or the processor's with its threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{processor()} ({torch.get_num_threads()} threads)"
+
+
+def processor() -> str:
+    """What /proc/cpuinfo calls the processor; elsewhere what Python calls it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0].replace(";", ",").replace(":", "")
 
 
 if __name__ == "__main__":

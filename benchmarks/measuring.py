@@ -179,6 +179,7 @@ def _pipeline(settings: Settings) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         pipe = FluxPipeline.from_pretrained(settings.model, torch_dtype=getattr(torch, settings.dtype))
     pipe.set_progress_bar_config(disable=True)
+    torch.backends.cudnn.allow_tf32 = False  # this process is the benchmark's own; float32 means float32 in the decoder
     return pipe.to(settings.device)
 
 

@@ -236,15 +236,15 @@ def test_a_stretched_schedule_keeps_its_ends_and_its_order(intervals: int) -> No
     found = stretched(steps, 28, intervals)
     assert {0, intervals - 1} <= found
     assert max(found) == intervals - 1 and min(found) == 0
-    if intervals >= 28:
-        assert len(found) == len(steps)
-        assert sorted(found) == [round(s * (intervals - 1) / 27) for s in sorted(steps)]
+    assert len(found) == min(intervals, max(4, round(8 * intervals / 28)))
+    if intervals >= 20:  # dense where the list is dense: early
+        assert sorted(found)[1] - sorted(found)[0] < sorted(found)[-1] - sorted(found)[-2]
     assert stretched(steps, 28, 28) == steps
     assert stretched(steps, 0, intervals) == steps
 
 
 def test_a_stretched_schedule_is_what_the_policy_follows() -> None:
-    assert fulls(replay(free("schedule", steps=(0, 2, 4), of=5), [None] * 9)) == [0, 4, 8]
+    assert fulls(replay(free("schedule", steps=(0, 2, 4), of=5), [None] * 9)) == [0, 2, 4, 6, 8]
 
 
 def why(cache: Cache, interval: int, intervals: int, sigma: float = 0.5, index: int = 9) -> str | None:

@@ -148,7 +148,7 @@ class Interval:
 
 
 class Listed:
-    """Compute exactly the listed intervals; a list made for another length is stretched to this one."""
+    """Compute exactly the listed intervals; a list made for another length keeps its share and its shape."""
 
     def __init__(self, steps: tuple[int, ...], of: int) -> None:
         self.steps, self.of = frozenset(steps), of
@@ -163,11 +163,31 @@ class Listed:
         return "schedule"
 
 
+FEWEST = 4
+
+
 def stretched(steps: frozenset[int], of: int, intervals: int) -> frozenset[int]:
-    """The steps of a run of `of` intervals, moved in proportion to a run of `intervals` (as they are for of = 0)."""
-    if of in (0, intervals) or of < 2:
+    """The steps of a run of `of` intervals as a run of `intervals` takes them: the same share of it, in the same shape.
+
+    A run of 50 with a list of 12 of 28 computes 21: their places are read off the list as a curve, rank against
+    position, so that steps stand as densely where they stood densely. A short run keeps FEWEST, where so many are
+    listed: a share of eight steps leaves nothing to forecast from. As they are for of = 0.
+    """
+    if of in (0, intervals) or of < 2 or len(steps) < 2:
         return steps
-    return frozenset(round(step * (intervals - 1) / (of - 1)) for step in steps)
+    if intervals < 2:
+        return frozenset({0})
+    listed = sorted(steps)
+    count = min(intervals, max(min(FEWEST, len(listed)), round(len(listed) * intervals / of)))
+    places = (rank * (len(listed) - 1) / (count - 1) for rank in range(count))
+    scale = (intervals - 1) / (of - 1)
+    return frozenset(round(_between(listed, place) * scale) for place in places)
+
+
+def _between(listed: list[int], place: float) -> float:
+    """The list read as a line through its entries, at a fractional index."""
+    low = min(int(place), len(listed) - 2)
+    return listed[low] + (place - low) * (listed[low + 1] - listed[low])
 
 
 class Policy:
