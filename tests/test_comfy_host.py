@@ -207,6 +207,19 @@ def test_a_schedule_that_cannot_be_followed_is_left_as_it_is(model: Any, rise: T
     assert comfy.reports_of(patched)[-1].notes[0].startswith("left as it is: the run's sigmas")
 
 
+def test_a_schedule_means_the_same_steps_where_a_run_begins_late(model: Any) -> None:
+    wanted = recipe("schedule", steps=[0, 1, 5, 9], last=False, first=False)
+    patched = comfy.put_recipe(model, wanted)
+    # denoise 0.5: the last eight of sixteen steps, so step 9 is this run's second.
+    fake_comfy.Guider(patched, [text()]).sample(noise(), SIGMAS[8:])
+    assert comfy.reports_of(patched)[-1].strip == "CC......"
+
+
+def test_thresholds_beyond_the_models_blocks_are_remarked(model: Any) -> None:
+    _, report = run(model, recipe("mbcache", thresholds=[0.1] * 19))
+    assert any("thresholds are unused" in note for note in report.notes)
+
+
 def test_an_unknown_family_passes_through_with_its_name(model: Any, told: dict[Any, str]) -> None:
     class Chroma(fake_comfy.nn.Module):
         def forward(self, x: Tensor, *rest: Any) -> Tensor:

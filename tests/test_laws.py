@@ -168,6 +168,20 @@ def test_two_pipelines_with_one_scheduler_do_not_share_state() -> None:
     assert not {"set_timesteps", "step"} & set(vars(first.scheduler))
 
 
+def test_two_pipelines_with_one_scheduler_may_leave_in_any_order() -> None:
+    first, second = flux(), flux(seed=5)
+    second.scheduler = first.scheduler
+    expected = hastened(flux(seed=5), EAGER["taylor"])[0]
+    outer, inner = hasten.accelerate(first, EAGER["fbcache"]), hasten.accelerate(second, EAGER["taylor"])
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert same(paint(second), expected)  # still seen
+    inner.__exit__(None, None, None)
+    assert len(inner.reports) == 1 and not outer.reports
+    assert not {"set_timesteps", "step"} & set(vars(first.scheduler))
+
+
 @pytest.mark.parametrize("name", EAGER)
 def test_cond_and_uncond_have_their_own_lanes(name: str) -> None:
     # Equal prompts make equal lanes: guidance between them changes nothing, whatever is reused.

@@ -305,3 +305,12 @@ def test_only_methods_that_measure_ask_for_a_change() -> None:
     }
     assert needs == {"none": False, "interval": False, "magcache": False, "schedule": False}
     assert all(make_policy(Cache(method=m), (1,)).needs_change for m in ("fbcache", "mbcache", "teacache", "easycache"))
+
+
+def test_a_late_run_reads_lists_and_tables_at_its_place_in_the_whole() -> None:
+    late = [Moment(i, i, 4, 0.4 - i / 10, before=4) for i in range(4)]
+    listed = make_policy(free("schedule", steps=(0, 5, 7), of=8), (0,))
+    assert [listed.decide(moment, None) is Decision.COMPUTE for moment in late] == [False, True, False, True]
+    ratios = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0, 1.0)
+    table = make_policy(free("magcache", ratios=ratios, threshold=0.5), (0,))
+    assert [table.decide(moment, None) is Decision.COMPUTE for moment in late[:3]] == [False, False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from hasten.moment import Moment, Timeline
-from hasten.predict import Chebyshev, Fitted, Hold, Predictor, Taylor, chebyshev_weights, make_predictor, newton_weights
+from hasten.predict import Chebyshev, Hold, Predictor, Taylor, chebyshev_weights, make_predictor, newton_weights
 from hasten.recipe import Cache
 
 
@@ -85,7 +86,12 @@ PREDICTORS: list[Predictor] = [
     Taylor(2),
     Chebyshev(degree=4, ridge=0.1, blend=0.5, window=10, low=0.0, high=1.0),
     Chebyshev(degree=8, ridge=0.0, blend=1.0, window=16, low=0.0, high=1.0),
-    Fitted([[0.2, 0.8], [-1.0, 2.0]], [3, 5]),
+    make_predictor(
+        Cache(
+            method="schedule", steps=(0, 2), last=False, predictor="weights", weights=((0.2,), (-1.0, 2.0), (0.5, 0.5))
+        ),
+        Timeline([1.0, 0.8, 0.6, 0.4, 0.2, 0.0]),
+    ),
 ]
 
 
@@ -119,33 +125,86 @@ def test_blend_is_the_share_of_chebyshev() -> None:
     assert half == pytest.approx([(a + b) / 2 for a, b in zip(none, full, strict=True)])
 
 
-def test_fitted_weights_belong_to_their_intervals() -> None:
-    fitted = Fitted([[2.0], [-1.0, 2.0]], [1, 3])
-    assert fitted.window == 2
-    assert fitted.weights([1.0, 0.9], at(0.8, interval=1)) == [0.0, 2.0]
-    assert fitted.weights([1.0, 0.8], at(0.5, interval=3)) == [-1.0, 2.0]
-    assert fitted.weights([1.0], at(0.5, interval=3)) == [1.0]  # begun late: hold
-    assert fitted.weights([1.0, 0.8], at(0.6, interval=2)) == [0.0, 1.0]  # a reuse that was not fitted: hold
+LINE = Timeline([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 
-def test_fitted_rows_that_do_not_match_the_run_are_one_sentence() -> None:
-    with pytest.raises(ValueError, match="2 rows, and this run reuses 3") as refusal:
-        Fitted([[1.0], [1.0]], [1, 2, 3])
-    assert "\n" not in str(refusal.value)
+def fitted(rows: Sequence[Sequence[float]], *, timeline: Timeline = LINE, **cache: Any) -> tuple[Predictor, list[str]]:
+    """The predictor of a recipe with those rows, and what it notes."""
+    notes: list[str] = []
+    settings: dict[str, Any] = {"steps": (0, 2), "last": False, **cache}
+    wanted = Cache(method="schedule", predictor="weights", weights=tuple(map(tuple, rows)), **settings)
+    return make_predictor(wanted, timeline, notes.append), notes
 
 
-def test_fitted_rows_are_counted_over_what_the_run_reuses() -> None:
-    timeline = Timeline([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
-    rows = ((1.0,), (0.5, 0.5))
-    # Intervals 0 and 4 are computed though the list leaves them out: first and last.
-    cache = Cache(method="schedule", steps=(2,), predictor="weights", weights=rows)
-    predictor = make_predictor(cache, timeline)
-    assert predictor.weights([0.9, 0.8], at(0.8, interval=1)) == [0.0, 1.0]
-    assert predictor.weights([0.9, 0.8], at(0.4, interval=3)) == [0.5, 0.5]
-    with pytest.raises(ValueError, match="2 rows, and this run reuses 4"):
-        make_predictor(
-            Cache(method="schedule", steps=(2,), predictor="weights", weights=rows, first=False, last=False), timeline
-        )
+def late(interval: int, sigma: float) -> Moment:
+    return Moment(interval, interval, 5, sigma)
+
+
+def test_fitted_weights_belong_to_their_steps() -> None:
+    predictor, notes = fitted([[2.0], [-1.0, 2.0], [0.5, 0.25]])
+    assert predictor.window == 2
+    assert predictor.weights([1.0], late(1, 0.8)) == [2.0]
+    assert predictor.weights([1.0, 0.6], late(3, 0.4)) == [-1.0, 2.0]
+    assert predictor.weights([1.0, 0.6], late(4, 0.2)) == [0.5, 0.25]
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("past", "interval", "sigma"),
+    [
+        ([0.6], 3, 0.4),  # begun late: fewer deltas than the fit had
+        ([1.0, 0.8], 3, 0.4),  # another decision was taken before
+        ([0.8, 0.6], 3, 0.4),
+        ([1.0, 0.6], 3, 0.35),  # between two steps
+        ([1.0], 2, 0.6),  # a reuse that was not fitted
+    ],
+)
+def test_a_row_that_does_not_fit_the_history_is_held_and_said(past: list[float], interval: int, sigma: float) -> None:
+    predictor, notes = fitted([[2.0], [-1.0, 2.0], [0.5, 0.25]])
+    assert predictor.weights(past, late(interval, sigma)) == [*[0.0] * (len(past) - 1), 1.0]
+    assert len(notes) == 1 and "did not fit" in notes[0]
+
+
+def test_rows_for_another_number_of_steps_are_held_and_said() -> None:
+    for cache in ({}, {"of": 28}):
+        predictor, notes = fitted([[2.0], [3.0]] if not cache else [[2.0], [3.0], [4.0]], **cache)
+        assert predictor.weights([1.0], late(1, 0.8)) == [1.0] and predictor.window == 1
+        assert len(notes) == 1 and "fitted to another run" in notes[0]
+    predictor, notes = fitted([[2.0]] * 24, timeline=Timeline([1.0, 0.5, 0.0]))  # a warm-up of two steps
+    assert predictor.weights([1.0], Moment(1, 1, 2, 0.5)) == [1.0] and len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "reused"),
+    [
+        ({"last": True}, [1, 3]),
+        ({"start": 0.4}, [3, 4]),  # step 1 begins at a fifth of the way
+        ({"end": 0.5}, [1]),
+        ({"sigma_start": 0.7}, [3, 4]),
+        ({"sigma_end": 0.3}, [1, 3]),
+        ({"max_consecutive_hits": 1}, [1, 3]),
+        ({"first": False, "steps": (1, 2)}, [0, 3, 4]),
+    ],
+)
+def test_rows_are_counted_over_what_the_run_really_reuses(limits: dict[str, Any], reused: list[int]) -> None:
+    predictor, notes = fitted([[float(step)] for step in reused], **limits)
+    assert notes == []
+    computed = [step for step in range(5) if step not in reused]
+    for step in reused:
+        past = [LINE.sigmas[s] for s in computed if s < step]
+        if past:
+            assert predictor.weights(past, late(step, LINE.sigmas[step]))[-1] == float(step)
+    assert notes == []
+
+
+def test_rows_are_found_where_a_late_run_stands() -> None:
+    timeline = Timeline([0.4, 0.2, 0.1, 0.0], before=3)
+    predictor, notes = fitted([[2.0], [3.0], [0.5, 4.0]], timeline=timeline, steps=(0, 2, 4), of=6)
+    # Steps 1, 3 and 5 of six are reused; this run begins with step 3.
+    assert predictor.weights([0.2], Moment(2, 2, 3, 0.1, before=3)) == [1.0]  # its second delta lies before the run
+    assert len(notes) == 1
+    predictor, notes = fitted([[2.0], [3.0], [4.0]], timeline=timeline, steps=(0, 2, 4), of=6)
+    assert predictor.weights([0.2], Moment(2, 2, 3, 0.1, before=3)) == [4.0] and notes == []
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,12 @@ def test_a_remark_is_made_once_and_stands_in_the_line() -> None:
 
 def test_the_speed_up_is_estimated_from_the_median_of_what_was_computed() -> None:
     found = report("C..C..C..C")
-    found.evaluations[0].ms = 1000.0  # warming up
-    assert found.estimated_speedup == pytest.approx(10.0 * 10 / (1030.0 + 6.0))
+    found.evaluations[0].ms = 1000.0  # warming up: loads and compiles what stays
+    assert found.estimated_speedup == pytest.approx(10.0 * 10 / (40.0 + 6.0))
+    found.evaluations[1].ms = 500.0  # and the first stand-in its kernel
+    assert found.estimated_speedup == pytest.approx(10.0 * 10 / (40.0 + 6.0))
+    found.evaluations[5].ms = 31.0  # a later hiccup is time that was spent
+    assert found.estimated_speedup == pytest.approx(10.0 * 10 / (40.0 + 36.0))
     assert report("").estimated_speedup == 1.0
     assert report("...").estimated_speedup == 1.0
 

@@ -267,6 +267,47 @@ def test_a_sigma_that_rises_is_a_run_that_began_anew() -> None:
     assert run.report.notes == ["sigma rose from 0.6 to 1: started afresh"]
 
 
+def test_a_sigma_that_rises_to_the_same_place_again_is_said_once() -> None:
+    run, model = session(recipe("schedule", steps=[100], first=False, last=False)), doubling()
+    for sigma in (1.0, 0.6, 1.0, 0.6, 1.0):
+        model(run, X, sigma)
+    assert run.report.notes == ["sigma rose from 0.6 to 1: started afresh"]
+
+
+def test_lanes_of_conditions_that_are_made_anew_for_each_call_do_not_pile_up() -> None:
+    count = 40
+    run = session(recipe("interval", every=2), sigmas=[1 - i / count for i in range(count)] + [0.0])
+    for i in range(count):
+        key = run.identity(noise(1, 2, seed=i))
+        doubling()(run, X, 1 - i / count, conditions=(key,))  # type: ignore[arg-type]
+        assert len(run._lanes) <= 8 and len(run._held) <= 8
+        assert key in run._held
+    assert run.report.strip == "C" * count
+    assert [note for note in run.report.notes if "made anew" in note] == run.report.notes != []
+
+
+def test_a_condition_that_pauses_keeps_its_lane() -> None:
+    run, model = session(recipe("schedule", steps=[0], last=False)), doubling()
+    model(run, torch.cat([X, X]), 1.0, conditions=("a", "b"))
+    for sigma in SIGMAS[1:4]:
+        model(run, X, sigma, conditions=("a",))
+    assert torch.equal(model(run, torch.cat([X, X]), 0.2, conditions=("a", "b")), 8 * torch.cat([X, X]))
+    assert run.report.strip == "C...." and run.report.notes == []
+
+
+def test_where_the_clock_sees_only_launches_the_report_says_so() -> None:
+    run = session(recipe("schedule", steps=[0], last=False))
+    for sigma in SIGMAS[:3]:
+        doubling()(run, X.to("meta"), sigma)
+    assert run.report.notes == ["milliseconds on meta are of launching the work, not of doing it"]
+    assert "about" not in run.close().line()
+
+
+def test_where_in_a_whole_run_a_late_one_begins_is_said_when_it_is_not_known() -> None:
+    for settings, said in ((recipe("schedule", steps=[0, 2]), 1), (recipe("magcache", ratios=[1.0]), 1), (recipe(), 0)):
+        assert len(session(settings, sigmas=[0.6, 0.3, 0.0]).report.notes) == said
+
+
 @pytest.mark.parametrize("steps", [20, 50, 100])
 @pytest.mark.parametrize("mu", [0.5, 0.8, 1.15])
 def test_cond_and_uncond_stay_together_where_bf16_blurs_the_sigmas(steps: int, mu: float) -> None:

@@ -92,14 +92,12 @@ class Call:
                 delta = image.to(torch.float32) - kept.to(torch.float32)
             else:
                 delta = torch.sub(image, kept, out=kept)  # the seam's copy has served: its memory holds the delta
-            if cache.device == "cpu":
-                delta = delta.to("cpu")
             for row in self.rows:
                 own = delta if len(self.rows) == 1 else delta[row.rows].clone()
                 history = row.lane.at(seam)
                 if self.terms.watch is not None:
                     self.terms.watch(self.ongoing.moment, history, own)
-                history.remember(sigma, own, self.terms.predictor.window)
+                history.remember(sigma, own, self.terms.predictor.window, on_cpu=cache.device == "cpu")
         self._kept.clear()
 
     def stand_in(self) -> Tensor:
@@ -132,7 +130,7 @@ class Call:
     def _predicted(self, row: Row, base: Tensor) -> Tensor:
         history = row.lane.at(self._seam)
         weights = self.terms.predictor.weights(history.sigmas, self.ongoing.moment)
-        deltas = [d.to(base.device) for d, w in zip(history.deltas, weights, strict=True) if w != 0.0]
+        deltas = [history.delta(i, base.device) for i, w in enumerate(weights) if w != 0.0]
         return weighted_sum(base, deltas, [w for w in weights if w != 0.0])
 
     def _signal(self, seam: int, kept: Tensor, modulated: Callable[[], Tensor] | None) -> Tensor | None:
@@ -141,7 +139,15 @@ class Call:
         if self.plan.signal == "residual":
             return kept - self._entries.pop(self.plan.entries[seam])
         if self.plan.signal == "modulated" and modulated is not None:
-            return modulated().detach()
+            try:
+                return modulated().detach()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # weights that an offload hook brings only when the block itself is run
+                self.terms.report.note(
+                    "the first block's modulated input cannot be looked at while its weights are offloaded: everything "
+                    "was computed; offload leaf by leaf, or take fbcache, which looks at what the block gives out"
+                )
         return None
 
     def _decide(self, seam: int, now: Tensor | None, fresh: bool) -> None:

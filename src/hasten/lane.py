@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hasten.moment import Moment
@@ -16,20 +17,32 @@ from hasten.policy import Decision, Policy
 
 @dataclass
 class History:
-    """What one lane remembers at one seam. All tensors are its own, never references to a host's."""
+    """What one lane remembers at one seam. All tensors are its own, never references to a host's.
+
+    ready: for each delta, the event after which it may be read; None where it may be at once.
+    """
 
     reference: Tensor | None = None
     sigmas: list[float] = field(default_factory=list)
     deltas: list[Tensor] = field(default_factory=list)
+    ready: list[torch.cuda.Event | None] = field(default_factory=list)
 
-    def remember(self, sigma: float, delta: Tensor, window: int) -> None:
+    def remember(self, sigma: float, delta: Tensor, window: int, *, on_cpu: bool = False) -> None:
         """Keeps `delta` as the newest; one at the same sigma is replaced, those beyond `window` are dropped."""
         if self.sigmas and self.sigmas[-1] == sigma:
-            self.sigmas.pop()
-            self.deltas.pop()
+            del self.sigmas[-1], self.deltas[-1], self.ready[-1]
+        kept, event = _moved_to_cpu(delta) if on_cpu else (delta, None)
         self.sigmas.append(sigma)
-        self.deltas.append(delta)
-        del self.sigmas[:-window], self.deltas[:-window]
+        self.deltas.append(kept)
+        self.ready.append(event)
+        del self.sigmas[:-window], self.deltas[:-window], self.ready[:-window]
+
+    def delta(self, index: int, device: torch.device) -> Tensor:
+        """A remembered delta on that device, without waiting for it."""
+        event = self.ready[index]
+        if event is not None:
+            torch.cuda.current_stream(device).wait_event(event)
+        return self.deltas[index].to(device, non_blocking=True)
 
     def forget_unlike(self, image: Tensor) -> bool:
         """Drops all of it, and says so, where it is of other tokens than `image`, (B, N, C).
@@ -52,11 +65,12 @@ class History:
 class Lane:
     """One trajectory: a condition at one shape, dtype and device, and one ordinal within an interval.
 
-    input, output_norm and rate are the whole-model signal's (EasyCache).
+    seen: the latest evaluation that it took part in. input, output and rate are the whole-model signal's (EasyCache).
     """
 
     histories: dict[int, History] = field(default_factory=dict)
     planned: bool = False
+    seen: int = 0
     input: Tensor | None = None
     output: tuple[Tensor, Tensor] | None = None
     rate: Tensor | None = None
@@ -97,3 +111,21 @@ class Row:
 
 # Sees each delta that a computed evaluation leaves, before the history takes it: for calibration and fitting.
 Watch = Callable[[Moment, History, Tensor], None]
+
+
+def _moved_to_cpu(delta: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in the CPU's memory, and the event after which it is whole.
+
+    From a GPU into pinned memory, so that the program runs on while it is copied; where none can be had, it waits.
+    """
+    if delta.device.type != "cuda":
+        return delta.to("cpu"), None
+    try:
+        kept = torch.empty(delta.shape, dtype=delta.dtype, pin_memory=True)
+    except RuntimeError:  # the system's limit of pinned memory
+        return delta.to("cpu"), None
+    kept.copy_(delta, non_blocking=True)
+    with torch.cuda.device(delta.device):
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(delta.device))
+    return kept, event

@@ -18,6 +18,7 @@ class Moment:
     index: evaluations before it in this run. interval: where its sigma lies in the schedule, 0 to intervals - 1.
     sigma: the schedule's entry it belongs to, or its own where it lies between two.
     ordinal: evaluations before it in the same interval; each ordinal is a trajectory of its own (Heun).
+    before: steps of the whole schedule that this run leaves out at its beginning (img2img).
     """
 
     index: int
@@ -25,12 +26,26 @@ class Moment:
     intervals: int
     sigma: float
     ordinal: int = 0
+    before: int = 0
+
+    @property
+    def step(self) -> int:
+        """Where it lies in the whole schedule: what lists and tables made for whole runs are read by."""
+        return self.before + self.interval
+
+    @property
+    def steps(self) -> int:
+        """How many steps the whole schedule has."""
+        return self.before + self.intervals
 
 
 class Timeline:
-    """A run's sigmas, falling, the final one included, each once."""
+    """A run's sigmas, falling, the final one included, each once.
 
-    def __init__(self, sigmas: Sequence[float]) -> None:
+    before: steps of the whole schedule that the run leaves out at its beginning.
+    """
+
+    def __init__(self, sigmas: Sequence[float], *, before: int = 0) -> None:
         entries: list[float] = []
         for value in (float(s) for s in sigmas):
             if not entries or value < entries[-1]:
@@ -46,6 +61,13 @@ class Timeline:
                 "one included, as the scheduler's `sigmas` has them."
             )
         self.sigmas = tuple(entries)
+        self.before = before
+
+    @classmethod
+    def sorted(cls, sigmas: Sequence[float]) -> Timeline:
+        """Those sigmas in falling order, whatever theirs is: places for a run of which nothing is foretold."""
+        found = sorted({float(s) for s in sigmas if s == s}, reverse=True)
+        return cls(found if len(found) > 1 else [1.0, 0.0])
 
     @property
     def intervals(self) -> int:

@@ -6,7 +6,7 @@ is the block before which the decision falls. The seam's input is what the stand
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hasten.anatomy import Anatomy
@@ -36,6 +36,10 @@ class Plan:
         """Blocks whose input is kept because a seam's residual is measured from there."""
         return frozenset(self.entries.values())
 
+    def without_reuse(self) -> Plan:
+        """This plan with every block computed but those that are skipped."""
+        return replace(self, seams=(), signal="none", entries={}, whole_model=False)
+
     @property
     def idle(self) -> bool:
         """Whether no gate has anything to do."""
@@ -52,6 +56,12 @@ def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
     if method == "easycache":
         return Plan((), end, skip, "model", {}, whole_model=True)
     if method in ("fbcache", "mbcache"):
+        blocks, limits = anatomy.stage("double").blocks, len(recipe.cache.thresholds)
+        if limits > blocks:
+            raise ValueError(
+                f"cache.thresholds has {limits} numbers, and this model has {blocks} double blocks: give one for each "
+                "of them, or fewer."
+            )
         return _after_blocks(recipe, anatomy, skip)
     signal = "modulated" if method == "teacache" else "none"
     return Plan((0,), end, skip, signal, {})

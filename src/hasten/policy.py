@@ -10,7 +10,7 @@ import math
 from enum import Enum
 from typing import Protocol
 
-from hasten.moment import Moment
+from hasten.moment import Moment, Timeline
 from hasten.recipe import Cache
 
 
@@ -100,8 +100,9 @@ class Accumulated:
 class Magnitude:
     """MagCache: reuse while the product of calibrated magnitude ratios stays near 1.
 
-    ratios: mean |delta now| / |delta before| for each interval of the run it was calibrated on, 1.0 first; for a
-    run of another length the nearest is taken. Source: MagCache (arXiv 2506.09045).
+    ratios: mean |delta now| / |delta before| for each step of the whole run it was calibrated on, 1.0 first; for a
+    run of another length, or one that begins late, the one at the same share of the way is taken.
+    Source: MagCache (arXiv 2506.09045).
     """
 
     def __init__(self, threshold: float, ratios: tuple[float, ...]) -> None:
@@ -109,8 +110,8 @@ class Magnitude:
         self._restart()
 
     def reuse(self, moment: Moment, change: float | None, seam: int) -> bool:
-        scale = (len(self.ratios) - 1) / max(moment.intervals - 1, 1)
-        self.product *= self.ratios[min(round(moment.interval * scale), len(self.ratios) - 1)]
+        scale = (len(self.ratios) - 1) / max(moment.steps - 1, 1)
+        self.product *= self.ratios[min(round(moment.step * scale), len(self.ratios) - 1)]
         self.error += abs(1.0 - self.product)
         return self.error < self.threshold
 
@@ -148,13 +149,13 @@ class Interval:
 
 
 class Listed:
-    """Compute exactly the listed intervals; a list made for another length keeps its share and its shape."""
+    """Compute exactly the listed steps of the whole schedule; a list for another length keeps its share and shape."""
 
     def __init__(self, steps: tuple[int, ...], of: int) -> None:
         self.steps, self.of = frozenset(steps), of
 
     def reuse(self, moment: Moment, change: float | None, seam: int) -> bool:
-        return moment.interval not in stretched(self.steps, self.of, moment.intervals)
+        return moment.step not in stretched(self.steps, self.of, moment.steps)
 
     def computed(self, moment: Moment, *, forced: bool) -> None:
         pass
@@ -188,6 +189,24 @@ def _between(listed: list[int], place: float) -> float:
     """The list read as a line through its entries, at a fractional index."""
     low = min(int(place), len(listed) - 2)
     return listed[low] + (place - low) * (listed[low + 1] - listed[low])
+
+
+def planned(cache: Cache, timeline: Timeline) -> list[bool]:
+    """For each step of the whole schedule, whether a policy that measures nothing computes it.
+
+    Sigmas before the run's first are not known and taken for high ones.
+    """
+    policy, steps = make_policy(cache, (0,)), timeline.before + timeline.intervals
+    assert not policy.needs_change, "what is measured cannot be foretold"
+    found = []
+    for step in range(steps):
+        sigma = timeline.sigmas[step - timeline.before] if step >= timeline.before else math.inf
+        moment = Moment(step, step, steps, sigma)
+        forced = policy.forced(moment) is not None
+        decision = Decision.COMPUTE if forced else policy.decide(moment, None)
+        policy.settled(moment, decision, forced=forced)
+        found.append(decision is Decision.COMPUTE)
+    return found
 
 
 class Policy:

@@ -6,14 +6,17 @@ tensor work behind every one of them is the same weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from hasten.moment import Moment, Timeline
-from hasten.policy import stretched
+from hasten.policy import planned
 from hasten.recipe import Cache
+
+# Told in a few words what of a recipe does not fit the run.
+Note = Callable[[str], None]
 
 
 class Predictor(Protocol):
@@ -93,30 +96,52 @@ class Chebyshev:
 
 
 class Fitted:
-    """Weights fitted to one schedule, a row for each reused interval in order, newest delta last.
+    """Weights fitted to one run, a row for each reused step in order, newest delta last.
 
-    Raises ValueError when the run reuses another number of intervals than there are rows.
+    A row stands for the very deltas that it was fitted on: where the run's history is another one (it began late, was
+    forced to compute, has another number of steps), the newest delta is held, and `note` is told why, once.
     """
 
-    def __init__(self, rows: Sequence[Sequence[float]], reused: Sequence[int]) -> None:
+    def __init__(
+        self, rows: Sequence[Sequence[float]], timeline: Timeline, computed: Sequence[bool], note: Note
+    ) -> None:
+        """computed: for each step of the whole schedule, whether it is computed."""
+        self.timeline, self.note = timeline, note
+        reused = [step for step, whether in enumerate(computed) if not whether]
+        self.rows: dict[int, list[float]] = {}
+        self.past: dict[int, list[int]] = {}
         if len(rows) != len(reused):
-            raise ValueError(
-                f"cache.weights has {len(rows)} rows, and this run reuses {len(reused)} of its steps: the weights were "
-                "fitted to a run of another length; use that number of steps, or another predictor."
+            note(
+                f"cache.weights has {len(rows)} rows and this run reuses {len(reused)} of its {len(computed)} steps: "
+                "they were fitted to another run, so the newest delta is held"
             )
-        self.rows = {interval: list(row) for interval, row in zip(reused, rows, strict=True)}
-        self.window = max(len(row) for row in rows)
+        else:
+            self.rows = {step: list(row) for step, row in zip(reused, rows, strict=True)}
+            self.past = {step: [s for s in range(step) if computed[s]] for step in reused}
+        self.window = max(map(len, self.rows.values()), default=1)
 
     def weights(self, past_sigmas: Sequence[float], moment: Moment) -> list[float]:
         count = len(past_sigmas)
-        row = self.rows.get(moment.interval)
-        if row is None or len(row) > count:  # a run that was begun late has fewer deltas than the fit had
-            return newton_weights(past_sigmas, moment.sigma, 0)
-        return [0.0] * (count - len(row)) + row
+        if self.rows:
+            row = self.rows.get(moment.step)
+            if row is not None and self._fits(row, past_sigmas, moment):
+                return [0.0] * (count - len(row)) + row
+            self.note("a row of cache.weights did not fit what this run had computed: the newest delta was held")
+        return newton_weights(past_sigmas, moment.sigma, 0)
+
+    def _fits(self, row: Sequence[float], past_sigmas: Sequence[float], moment: Moment) -> bool:
+        sigmas, before = self.timeline.sigmas, self.timeline.before
+        fitted_on = [step - before for step in self.past[moment.step][-len(row) :]]
+        return (
+            len(fitted_on) == len(row)
+            and fitted_on[0] >= 0
+            and [sigmas[i] for i in fitted_on] == list(past_sigmas[-len(row) :])
+            and moment.sigma == sigmas[moment.interval]
+        )
 
 
-def make_predictor(cache: Cache, timeline: Timeline) -> Predictor:
-    """The predictor that `cache` asks for, for a run along `timeline`."""
+def make_predictor(cache: Cache, timeline: Timeline, note: Note = lambda text: None) -> Predictor:
+    """The predictor that `cache` asks for, for a run along `timeline`. note: told what does not fit the run."""
     if cache.predictor == "taylor":
         return Taylor(cache.order)
     if cache.predictor == "chebyshev":
@@ -129,9 +154,7 @@ def make_predictor(cache: Cache, timeline: Timeline) -> Predictor:
             high=timeline.sigmas[0],
         )
     if cache.predictor == "weights":
-        computed = stretched(frozenset(cache.steps), cache.of, timeline.intervals)
-        # First and last are computed whatever the list says, unless asked otherwise.
-        always = ({0} if cache.first else set()) | ({timeline.intervals - 1} if cache.last else set())
-        reused = [i for i in range(timeline.intervals) if i not in computed and i not in always]
-        return Fitted(cache.weights, reused)
+        # A list for another number of steps is stretched; what was fitted to its steps is not.
+        fits = cache.of in (0, timeline.before + timeline.intervals)
+        return Fitted(cache.weights if fits else (), timeline, planned(cache, timeline), note)
     return Hold()

@@ -17,24 +17,59 @@ from hasten.moment import Moment, Timeline
 from hasten.plan import Plan
 from hasten.policy import Decision, Policy, make_policy
 from hasten.predict import make_predictor
-from hasten.recipe import Recipe
-from hasten.report import Evaluation, Report
+from hasten.recipe import Cache, Recipe
+from hasten.report import TIMED, Evaluation, Report
 
 # How far a model's sigma may have been moved by the dtype that it was handed over in, relative: pipelines round
 # twice, the timestep and then its thousandth part.
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
+# A lane that took no part in so many evaluations is dropped. Three steps of a sampler that calls the model twice a
+# step, so that a condition may pause; a host that makes its conditions anew for every call would pile them up.
+UNSEEN = 6
+
+# FLUX's sigmas begin at 1; a run that begins below this is the later part of a whole one.
+WHOLE = 0.95
+
 
 class Session:
-    """One sampling run: its sigmas, its lanes, one decision for each evaluation, and the report in the end."""
+    """One sampling run: its sigmas, its lanes, one decision for each evaluation, and the report in the end.
 
-    def __init__(self, recipe: Recipe, plan: Plan, sigmas: Sequence[float], *, watch: Watch | None = None) -> None:
-        self.recipe, self.plan = recipe, plan
-        self.timeline = Timeline(sigmas)
+    before: steps of the whole schedule that the run leaves out at its beginning, None where nobody knows.
+    forgiving: a schedule that cannot be followed (it rises) is computed in full and noted instead of refused.
+    Raises ValueError for such a schedule otherwise.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        sigmas: Sequence[float],
+        *,
+        before: int | None = None,
+        watch: Watch | None = None,
+        forgiving: bool = False,
+    ) -> None:
+        cache, reason = recipe.cache, ""
+        try:
+            self.timeline = Timeline(sigmas, before=before or 0)
+        except ValueError as error:
+            if not forgiving:
+                raise
+            reason = f"computed in full: {str(error).rstrip('.')}"
+            self.timeline, plan, cache = Timeline.sorted(sigmas), plan.without_reuse(), Cache()
+        self.plan, self._cache, self._followed = plan, cache, not reason
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
-        predictor = make_predictor(recipe.cache, self.timeline)
-        self._terms = Terms(recipe.cache, plan, predictor, self.report, watch)
-        self._lanes: dict[Hashable, Lane] = {}
+        if reason:
+            self.report.note(reason)
+        elif before is None and self.timeline.sigmas[0] < WHOLE and cache.method in ("magcache", "schedule"):
+            self.report.note(
+                f"the run begins at sigma {self.timeline.sigmas[0]:.3g}, at which step of a whole run is not known: "
+                f"cache.{'ratios' if cache.method == 'magcache' else 'steps'} are read from their beginning"
+            )
+        predictor = make_predictor(cache, self.timeline, self.report.note)
+        self._terms = Terms(cache, plan, predictor, self.report, watch)
+        self._lanes: dict[tuple[Hashable, ...], Lane] = {}
         self._policies: dict[int, Policy] = {}
         self._held: dict[int, object] = {}
         self._visits: dict[int, int] = {}
@@ -73,8 +108,14 @@ class Session:
                 ongoing.seen.add(condition)
                 key = (condition, ongoing.moment.ordinal, shape, like.dtype, like.device)
                 lane = self._lanes.setdefault(key, Lane())
+                lane.seen = ongoing.moment.index
                 rows.append(Row(lane, slice(i * share, (i + 1) * share)))
         call = Call(self._terms, ongoing, rows)
+        if not self._followed:
+            call.excuse = "no schedule to follow"
+        if like.device.type not in TIMED:
+            self.report.timed = False
+            self.report.note(f"milliseconds on {like.device.type} are of launching the work, not of doing it")
         call.clock.start(like.device)
         return call
 
@@ -129,18 +170,34 @@ class Session:
             if same_place and not before.seen & set(conditions):
                 return before
         self._moved_on = False
-        if before is not None and interval < before.moment.interval:
+        if before is not None and interval < before.moment.interval and self._followed:
             # Time does not run backwards within a run: take it for a run that began anew.
-            self.report.notes.append(f"sigma rose from {before.moment.sigma:.4g} to {snapped:.4g}: started afresh")
+            self.report.note(f"sigma rose from {before.moment.sigma:.4g} to {snapped:.4g}: started afresh")
             self._lanes.clear()
             self._policies.clear()
             self._visits.clear()
         ordinal = self._visits.get(interval, 0)
         self._visits[interval] = ordinal + 1
-        moment = Moment(self._count, interval, self.timeline.intervals, snapped, ordinal)
+        moment = Moment(self._count, interval, self.timeline.intervals, snapped, ordinal, self.timeline.before)
         self._count += 1
+        self._drop_unseen(moment.index, conditions)
         policy = self._policies.get(ordinal)
         if policy is None:
-            policy = self._policies[ordinal] = make_policy(self.recipe.cache, self.plan.seams)
+            policy = self._policies[ordinal] = make_policy(self._cache, self.plan.seams)
         self._ongoing = Ongoing(moment, policy, sigma, entry=interval)
         return self._ongoing
+
+    def _drop_unseen(self, index: int, now: Sequence[Hashable]) -> None:
+        """Drops lanes, and the conditions that only they held, that took no part in the latest evaluations."""
+        gone = [key for key, lane in self._lanes.items() if lane.seen < index - UNSEEN]
+        if not gone:
+            return
+        self.report.note(
+            f"a condition that did not come back within {UNSEEN} evaluations was forgotten; one that is made anew for "
+            "each call is never the same, so nothing can be reused for it"
+        )
+        for key in gone:
+            del self._lanes[key]
+        alive = {*now, *(key[0] for key in self._lanes)}
+        for condition in [held for held in self._held if held not in alive]:
+            del self._held[condition]

@@ -169,7 +169,9 @@ class Run:
         self.how_compiled: dict[str, Any] = options.get("torch_compile_kwargs") or {}
         self.compiled = {} if compiled is None else compiled
         self.plan = make_plan(recipe, anatomy)
-        self.session = Session(recipe, self.plan, sigmas.detach().float().cpu().tolist())
+        schedule = sigmas.detach().float().cpu().tolist()
+        before = _steps_before(schedule, patcher.get_model_object("model_sampling"))
+        self.session = Session(recipe, self.plan, schedule, before=before)
         self.doubles = anatomy.stage("double").blocks
         self.blocks = anatomy.blocks
         self.sigma: float | None = None
@@ -419,7 +421,7 @@ def anatomy_of(model: Any) -> Anatomy:
 
 
 def fitted(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:
-    """The recipe with the blocks that this model has left in its skip lists, and a remark for those it lacks."""
+    """The recipe without the blocks, in its skip lists and thresholds, that this model lacks, and remarks on those."""
     remarks = []
     kept = {}
     for name in ("double", "single"):
@@ -428,7 +430,13 @@ def fitted(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:
         lacking = ", ".join(str(i) for i in listed if i >= count)
         if lacking:
             remarks.append(f"this model has {count} {name} blocks: {lacking} on the skip list not found")
-    return replace(recipe, skip=replace(recipe.skip, **kept)), remarks
+    cache, doubles = recipe.cache, anatomy.stage("double").blocks
+    if len(cache.thresholds) > doubles:
+        remarks.append(
+            f"this model has {doubles} double blocks: the other {len(cache.thresholds) - doubles} thresholds are unused"
+        )
+        cache = replace(cache, thresholds=cache.thresholds[:doubles])
+    return replace(recipe, cache=cache, skip=replace(recipe.skip, **kept)), remarks
 
 
 def copied(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -451,3 +459,20 @@ def _with_percents(recipe: Recipe, percents: Sequence[float], sampling: Any) -> 
     if end < 1.0:
         bounds["sigma_end"] = float(sampling.percent_to_sigma(end))
     return replace(recipe, cache=replace(recipe.cache, **bounds)) if bounds else recipe
+
+
+def _steps_before(sigmas: Sequence[float], sampling: Any) -> int | None:
+    """How many equal steps of the whole schedule lie before a run that begins late (denoise below 1).
+
+    ComfyUI hands over the rest of a schedule only. Where in the model's own time its first sigma lies tells how long
+    the whole one is, exactly so for schedulers with equal steps in time ("simple", "normal"). None where that is not
+    to be known.
+    """
+    low, high = 0.0, 1.0
+    if not sigmas or float(sampling.percent_to_sigma(low)) <= sigmas[0]:
+        return 0
+    for _ in range(40):  # percent falls to a float's precision
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(sampling.percent_to_sigma(middle)) > sigmas[0] else (low, middle)
+    steps = len(set(sigmas)) - 1
+    return round(steps * low / (1.0 - low)) if low < 1.0 - 1e-6 else None

@@ -7,8 +7,8 @@ hangs on `forward`: regional compile, offload hooks, layer-wise casting. All of 
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from hasten.anatomy import Anatomy, flux
 from hasten.call import Call
 from hasten.gate import Gate, gate_model
+from hasten.hosts.diffusers_runs import Runs
 from hasten.lane import Watch
 from hasten.plan import make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
 from hasten.session import Session
+
+# Finished runs' reports that are kept, the latest: a pipeline that lives for months must not gather them all.
+REPORTS = 64
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
 
@@ -92,10 +96,12 @@ class Handle:
         self.recipe = recipe
         self.plan = make_plan(recipe, anatomy_of(self.transformer))
         self.watch: Watch | None = None
-        self._finished: list[Report] = []
+        self._finished: deque[Report] = deque(maxlen=REPORTS)
         self._session: Session | None = None
         self._awaited: Callable[[], Session] | None = None
         self._sigma: Callable[[], float | None] = lambda: None
+        self.about_to_call: Callable[[], None] = lambda: None
+        self._noise: tuple[Tensor, int] | None = None
         self._call: Call | None = None
         self._outside: Report | None = None
         self._slots: list[Slot] = []
@@ -108,9 +114,9 @@ class Handle:
 
     @property
     def reports(self) -> list[Report]:
-        """One report for each run so far, the one under way included once it evaluated something."""
+        """One report for each of the latest runs (at most REPORTS), the one under way once it evaluated something."""
         if self._session is not None and self._session.report.evaluations:
-            return [*self._finished, self._session.report.read_times()]
+            return [*self._finished, self._session.report.read_times()][-REPORTS:]
         return list(self._finished)
 
     @property
@@ -141,12 +147,25 @@ class Handle:
             slot.give_back()
         self._slots.clear()
 
-    def await_run(self, sigmas: Callable[[], list[float]], sigma: Callable[[], float | None]) -> None:
-        """Ends the run under way; the next call begins one along `sigmas()`, at `sigma()` where that is known."""
+    def await_run(
+        self,
+        sigmas: Callable[[], list[float]],
+        sigma: Callable[[], float | None],
+        before: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        """Ends the run under way; the next call begins one along `sigmas()`, at `sigma()` where that is known.
+
+        before: how many steps of the whole schedule are left out before it, where that is known; asked after `sigmas`.
+        A schedule that rises is no error here: such a run is computed in full, and its report says why.
+        """
         self.end()
         self._begun()
-        self._awaited = lambda: Session(self.recipe, self.plan, sigmas(), watch=self.watch)
-        self._sigma = sigma
+
+        def awaited() -> Session:
+            schedule = sigmas()
+            return Session(self.recipe, self.plan, schedule, before=before(), watch=self.watch, forgiving=True)
+
+        self._awaited, self._sigma = awaited, sigma
 
     def move_on(self) -> None:
         """The sampler made a step: the next call is a new evaluation."""
@@ -156,6 +175,7 @@ class Handle:
     def end(self) -> None:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
         session, self._session, self._awaited, self._call = self._session, None, None, None
+        self._noise = None
         self._sigma = lambda: None
         if session is not None:
             report = session.close()
@@ -192,6 +212,7 @@ class Handle:
         signature = inspect.signature(self.transformer.forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self.about_to_call()
             if self._awaited is not None:
                 awaited, self._awaited = self._awaited, None
                 self._session = awaited()
@@ -216,8 +237,8 @@ class Handle:
                     "compile the blocks instead, with transformer.compile_repeated_blocks()"
                 )
             try:
-                if self.plan.whole_model:
-                    out = self._whole(call, x, lambda: slot.inner(*args, **kwargs), given.get("return_dict", True))
+                if session.plan.whole_model:
+                    out = self._whole(call, given, lambda: slot.inner(*args, **kwargs))
                 else:
                     out = slot.inner(*args, **kwargs)
             finally:
@@ -227,13 +248,32 @@ class Handle:
 
         return forward
 
-    def _whole(self, call: Call, x: Tensor, run: Callable[[], Any], return_dict: bool) -> Any:
-        """The model as one span. Fill and control models take more channels in than they give out."""
+    def _whole(self, call: Call, given: Mapping[str, Any], run: Callable[[], Any]) -> Any:
+        """The model as one span: what it gives out for the noise tokens, read off their noise channels.
+
+        Fill and control models take more channels in than they give out; Kontext has its reference picture's tokens
+        behind the noise, and its pipeline drops what comes out for them: a stand-in has zeros there.
+        """
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+        x, ids = given["hidden_states"], given.get("img_ids")
         channels = self.transformer.config.out_channels or self.transformer.config.in_channels
-        sample = gate_model(call, x[..., :channels], lambda: _sample(run()))
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        tokens = x.shape[1]
+        if ids is not None:
+            if self._noise is None or self._noise[0] is not ids:
+                self._noise = ids, _noise_tokens(ids, tokens)
+            tokens = self._noise[1]
+        computed: list[Any] = []
+
+        def noise_of_run() -> Tensor:
+            computed.append(run())
+            return _sample(computed[0])[:, :tokens]
+
+        sample = gate_model(call, x[:, :tokens, :channels], noise_of_run)
+        if computed:
+            return computed[0]
+        sample = torch.nn.functional.pad(sample, (0, 0, 0, x.shape[1] - tokens))
+        return Transformer2DModelOutput(sample=sample) if given.get("return_dict", True) else (sample,)
 
     def _gated_block(self, slot: Slot, gate: Gate) -> Callable[..., Any]:
         block = slot.module
@@ -273,12 +313,11 @@ class Accelerated:
         self.pipe, self.recipe = pipe, recipe
         self.watch: Watch | None = None
         self._handle: Handle | None = None
-        self._scheduler: Any = None
-        self._before: dict[str, Any] = {}
+        self._runs: list[Runs] = []
 
     @property
     def reports(self) -> list[Report]:
-        """One report for each pipeline call, the one under way included."""
+        """One report for each of the latest pipeline calls (at most REPORTS), the one under way included."""
         return [] if self._handle is None else self._handle.reports
 
     @property
@@ -290,55 +329,33 @@ class Accelerated:
         self._handle = Handle(self.pipe.transformer, self.recipe)
         self._handle.watch = self.watch
         try:
-            self._watch(self.pipe.scheduler, self._handle)
+            self._runs = [Runs.of(self.pipe.scheduler)]
         except BaseException:
             self._handle.remove()
             raise
+        self._runs[0].tell(self._handle)
+        self._handle.about_to_call = self._follow_scheduler
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, before in self._before.items():
-            if before is None:
-                self._scheduler.__dict__.pop(name, None)
-            else:  # another accelerated pipeline shares this scheduler
-                setattr(self._scheduler, name, before)
         assert self._handle is not None
+        for runs in self._runs:
+            runs.leave(self._handle)
+        self._runs = []
         self._handle.remove()
 
-    def _watch(self, scheduler: Any, handle: Handle) -> None:
-        """Sees runs begin and steps end on this scheduler instance; its class is left alone."""
-        self._scheduler = scheduler
-        self._before = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
-        set_timesteps, step = scheduler.set_timesteps, scheduler.step
-        schedule: list[float] = []
-
-        def sigmas() -> list[float]:
-            # Read when the first call comes: img2img says where it begins only after it set its timesteps.
-            schedule[:] = _scheduler_sigmas(scheduler)
-            return schedule[_position(scheduler) or 0 :]
-
-        def sigma() -> float | None:
-            position = _position(scheduler)
-            return None if position is None or position >= len(schedule) else schedule[position]
-
-        @functools.wraps(set_timesteps)
-        def begins(*args: Any, **kwargs: Any) -> Any:
-            handle.end()
-            out = set_timesteps(*args, **kwargs)
-            handle.await_run(sigmas, sigma)
-            return out
-
-        @functools.wraps(step)
-        def steps(*args: Any, **kwargs: Any) -> Any:
-            out = step(*args, **kwargs)
-            handle.move_on()
-            if (_position(scheduler) or 0) >= len(scheduler.timesteps):
-                handle.end()  # what was remembered makes room for the decoder
-            return out
-
-        scheduler.set_timesteps, scheduler.step = begins, steps
+    def _follow_scheduler(self) -> None:
+        """Before each model call: a scheduler that was put into the pipeline since is listened to as well."""
+        handle, scheduler = self._handle, self.pipe.scheduler
+        assert handle is not None
+        if any(runs.scheduler is scheduler for runs in self._runs):
+            return
+        runs = Runs.of(scheduler)
+        runs.tell(handle)
+        self._runs.append(runs)
+        runs.begin(handle)  # its timesteps were set unseen
 
 
 def accelerate(pipe: Any, recipe: RecipeLike = "balanced") -> Accelerated:
@@ -381,18 +398,12 @@ def _sample(out: Any) -> Tensor:
     return sample
 
 
-def _scheduler_sigmas(scheduler: Any) -> list[float]:
-    """The schedule of a run, the final sigma included; one read of the device at the run's beginning."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
-        train_steps = scheduler.config.num_train_timesteps
-        return [*(t / train_steps for t in scheduler.timesteps.tolist()), 0.0]
-    return [float(s) for s in sigmas.tolist()]
+def _noise_tokens(ids: Tensor, count: int) -> int:
+    """How many of `count` image tokens are noise: Kontext's reference tokens follow them, with 1 on the first axis.
 
-
-def _position(scheduler: Any) -> int | None:
-    """Where in its sigmas the scheduler stands, or None while it cannot be known."""
-    position = getattr(scheduler, "step_index", None)
-    if position is None:
-        position = getattr(scheduler, "begin_index", None)
-    return None if position is None else int(position)
+    ids: (N, 3) or (B, N, 3). One read of the device.
+    """
+    first = ids.reshape(-1, ids.shape[-2], ids.shape[-1])[0, :, 0]
+    of_noise = (first == 0).tolist()
+    leading = of_noise.index(False) if False in of_noise else count
+    return leading if 0 < leading < count and not any(of_noise[leading:]) else count
