@@ -54,6 +54,7 @@ class History:
         self.reference = None
         self.sigmas.clear()
         self.deltas.clear()
+        self.ready.clear()
         return True
 
     def tensors(self) -> list[Tensor]:

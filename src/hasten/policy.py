@@ -180,9 +180,12 @@ def stretched(steps: frozenset[int], of: int, intervals: int) -> frozenset[int]:
         return frozenset({0})
     listed = sorted(steps)
     count = min(intervals, max(min(FEWEST, len(listed)), round(len(listed) * intervals / of)))
-    places = (rank * (len(listed) - 1) / (count - 1) for rank in range(count))
-    scale = (intervals - 1) / (of - 1)
-    return frozenset(round(_between(listed, place) * scale) for place in places)
+    scale, found = (intervals - 1) / (of - 1), [-1]
+    for rank in range(count):
+        place = round(_between(listed, rank * (len(listed) - 1) / (count - 1)) * scale)
+        # Two that are rounded to one place stand side by side, and leave room for those that follow.
+        found.append(min(max(place, found[-1] + 1), intervals - count + rank))
+    return frozenset(found[1:])
 
 
 def _between(listed: list[int], place: float) -> float:
