@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from fakes import FakePainter
 from PIL import Image
+from runs import flux, hastened, recipe
 
-from hasten.compare import Likeness, compare_recipes, psnr_db, read_picture, ssim
+from hasten.compare import Likeness, compare_recipes, psnr_db, read_picture, ssim, warm_up, warming
 from hasten.painter import Request
 from hasten.recipe import Recipe
 from hasten.showing import Showing, averages
@@ -120,3 +121,44 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(ValueError, match="not a picture"):
         read_picture(tmp_path / "text.png")
+
+
+WARMED = {
+    "hold": recipe("interval", every=3),
+    "taylor": recipe("interval", every=3, predictor="taylor", order=2, start=0.2),
+    "chebyshev": recipe("schedule", steps=[0, 2, 4], of=9, predictor="chebyshev", window=4),
+    "weights": recipe("schedule", steps=[0, 1, 3], predictor="weights", weights=[[-1.0, 2.0], *[[0.2, 0.3, 0.5]] * 4]),
+    "magcache": recipe("magcache", ratios=[1.0] * 9, max_consecutive_hits=2),
+    "fbcache": recipe("fbcache", threshold=0.9, predictor="taylor", order=1, sigma_start=0.9),
+    "mbcache": recipe("mbcache", thresholds=[0.01, 0.9], signal="output"),
+    "teacache": recipe("teacache", threshold=9.0),
+    "easycache": recipe("easycache", threshold=9.0),
+}
+
+
+@pytest.mark.parametrize("name", WARMED)
+def test_the_warm_up_sums_as_many_deltas_as_what_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hasten.call
+
+    summed: list[int] = []
+    whole = hasten.call.weighted_sum
+
+    def watched(base: object, deltas: list[object], weights: list[float]) -> object:
+        summed.append(len(weights))
+        return whole(base, deltas, weights)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hasten.call, "weighted_sum", watched)
+    hastened(flux(), WARMED[name], steps=9)
+    timed = set(summed)
+    summed.clear()
+    short, steps = warming(Recipe.load(WARMED[name]))
+    _, report = hastened(flux(), short.to_dict(), steps=steps)
+    assert timed <= set(summed) and timed and report.reused > 0
+    assert steps <= 8
+
+
+def test_recipes_that_are_warmed_alike_are_warmed_once_and_none_not_at_all() -> None:
+    painter = FakePainter()
+    shipped = [Recipe.load(name) for name in ("lossless", "balanced", "fast", "turbo", "none")]
+    warm_up(painter, Request("x", steps=28), shipped)
+    assert painter.steps_drawn == [1, 6]

@@ -39,7 +39,7 @@ def test_a_comparison_adds_exactly_its_keys() -> None:
     assert list(report["fewer_steps"]) == ["steps", "wall_s", "psnr_db", "ssim"]
     assert report["fewer_steps"]["steps"] == 4
     assert (report["baseline_wall_s"], report["wall_s"], report["speedup"]) == (6.0, 2.0, 3.0)
-    assert painter.steps_drawn[:2] == [1, 2]  # the warm-up, outside the clock
+    assert painter.steps_drawn[0] == 1  # the warm-up, outside the clock
 
 
 def test_identical_pictures_are_null_and_said_to_be_identical() -> None:

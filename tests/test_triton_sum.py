@@ -23,6 +23,9 @@ for count in (1, 2, 8, 9):
         base, *deltas = (x.to(dtype) for x in noise)
         weights = [(-1.0) ** i * (0.3 + i) for i in range(count)]
         torch.testing.assert_close(launch(kernel, base, deltas, weights), weighted_sum(base, deltas, weights))
+high = torch.tensor([6e4, -6e4, float("nan"), 1.0]).half()
+for sums in (launch(kernel, high, [high], [2.0]), weighted_sum(high, [high], [2.0])):
+    torch.testing.assert_close(sums, torch.tensor([65504.0, -65504.0, float("nan"), 3.0]).half(), equal_nan=True)
 """
 
 

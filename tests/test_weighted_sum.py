@@ -72,3 +72,13 @@ def test_unequal_counts_are_refused() -> None:
 def test_a_base_that_is_not_contiguous_is_summed_in_place_of_its_values() -> None:
     base, delta = noise(4, 6, 5)[:, 2:], noise(4, 4, 5, seed=1)
     assert torch.equal(weighted_sum(base, [delta], [2.0]), torch.add(base.contiguous(), delta, alpha=2.0))
+
+
+def test_a_float16_sum_that_overshoots_is_its_largest_number() -> None:
+    high = torch.tensor([6e4, -6e4, float("nan"), 1.0]).half()
+    expected = torch.tensor([65504.0, -65504.0, float("nan"), 3.0]).half()
+    torch.testing.assert_close(weighted_sum(high, [high], [2.0]), expected, equal_nan=True)
+    # Only the rounded sum is clamped, never what it is made of.
+    torch.testing.assert_close(weighted_sum(high, [high, high], [2.0, -2.0]), high, equal_nan=True)
+    wide = high.float()
+    assert float(weighted_sum(wide, [wide], [2.0])[0]) == 3 * float(high[0])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.painter import Drawing, Painter, Request
-from hasten.recipe import Recipe
+from hasten.recipe import Cache, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -193,11 +193,35 @@ def compare_recipes(
     return rows
 
 
-def warm_up(painter: Painter, request: Request, recipe: Recipe) -> None:
-    """Draws one step plainly and two under the recipe, so that what happens only once stays outside the clock."""
+def warm_up(painter: Painter, request: Request, recipes: Sequence[Recipe]) -> None:
+    """Draws briefly what will be timed, so that what happens only once stays outside the clock.
+
+    One step plainly, then for each recipe a run that reuses every second step until as many deltas are remembered as
+    it ever sums up: for each number of them a kernel is compiled. Recipes that are warmed by the same run share it.
+    """
     painter.paint(request.with_steps(1), Recipe.load("none"))
-    if recipe != Recipe.load("none"):
-        painter.paint(request.with_steps(2), recipe)
+    for short, steps in dict.fromkeys(warming(recipe) for recipe in recipes):
+        if short != Recipe():
+            painter.paint(request.with_steps(steps), short)
+
+
+def warming(recipe: Recipe) -> tuple[Recipe, int]:
+    """A recipe that reuses every second step by the same signal, span and sum, and how many steps it takes."""
+    cache = recipe.cache
+    always = {"threshold": 10.0, "thresholds": (), "coefficients": (0.0,)}
+    limits = {"start": 0.0, "end": 1.0, "sigma_start": None, "sigma_end": None, "first": True, "last": False}
+    deltas = {"taylor": cache.order + 1, "chebyshev": cache.window, "weights": max(map(len, cache.weights), default=1)}
+    count = deltas.get(cache.predictor, 1)
+    plain = Cache()
+    sums = {name: getattr(plain, name) for name in ("order", "degree", "ridge", "blend", "weights")}
+    sums |= {"predictor": "chebyshev" if count > 1 else "hold", "window": max(count, 2)}
+    how: dict[str, Any] = {**always, **limits, **sums, "max_consecutive_hits": 1}
+    if cache.method in ("interval", "schedule", "magcache"):
+        how |= {"method": "interval", "every": 2, "growth": 0.0, "steps": (), "of": 0, "ratios": ()}
+    # One more for EasyCache, whose rate of change needs two computed evaluations.
+    steps = 1 if cache.method == "none" else 2 * count + 2 * (cache.method == "easycache")
+    short = Recipe() if cache.method == "none" else Recipe(cache=replace(cache, **how))
+    return replace(short, skip=recipe.skip), steps
 
 
 def _row(name: str, kind: str, drawing: Drawing, steps: int, baseline: Drawing, fewer: Row | None = None) -> Row:

@@ -93,7 +93,7 @@ def show(
         raise ValueError("there is no recipe to show: hasten's recipes folder is empty; reinstall hasten.")
     recipes = [(str(name), Recipe.load(name)) for name in names]
     recipes = [(recipe.name or name, recipe) for name, recipe in recipes]
-    warm_up(painter, requests[0], recipes[0][1])
+    warm_up(painter, requests[0], [recipe for _, recipe in recipes])
     showings = [Showing(r, compare_recipes(painter, r, recipes, progress=progress)) for r in requests]
     return Demo(painter, showings, {name: recipe.description for name, recipe in recipes})
 

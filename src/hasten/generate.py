@@ -64,7 +64,7 @@ def generate(
     if not compare:
         drawing = draw(painter, request, recipe, name, progress)
         return Outcome(drawing, report_of(painter, request, recipe, drawing))
-    warm_up(painter, request, recipe)
+    warm_up(painter, request, [recipe])
     baseline, row = compare_recipes(painter, request, [(name, recipe)], progress=progress)
     report = report_of(painter, request, recipe, row.drawing)
     assert row.fewer is not None, "a recipe's row carries its rival"

@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def sum_terms(  # type: ignore[no-untyped-def]
     out, base, d0, d1, d2, d3, d4, d5, d6, d7, w0, w1, w2, w3, w4, w5, w6, w7, count,
-    TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    TERMS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -32,4 +32,7 @@ def sum_terms(  # type: ignore[no-untyped-def]
         total += w6 * tl.load(d6 + at, mask=inside).to(tl.float32)
     if TERMS > 7:
         total += w7 * tl.load(d7 + at, mask=inside).to(tl.float32)
+    if HALF:  # as torch clamps: NaN is neither above nor below, and stays
+        total = tl.where(total > 65504.0, 65504.0, total)
+        total = tl.where(total < -65504.0, -65504.0, total)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

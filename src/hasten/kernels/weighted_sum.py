@@ -18,11 +18,14 @@ from torch import Tensor
 # Triton has no lists of pointers on the versions we support; more deltas than this take several passes.
 POINTERS = 8
 
+LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 def weighted_sum(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """base + sum(w * d), a new tensor of base's shape and dtype; summed in float32 and rounded once.
 
     base: any shape; deltas: tensors of that shape, float32 or base's dtype; weights: one float for each.
+    In float16 a sum beyond +-65504 becomes that, its largest number: a forecast may overshoot what was computed.
     Deltas of weight 0 are not read. Raises ValueError when the counts differ.
     """
     if len(deltas) != len(weights):
@@ -39,6 +42,8 @@ def _weighted_sum(base: Tensor, deltas: list[Tensor], weights: list[float]) -> T
     total = base.to(torch.float32, copy=True)
     for delta, weight in zip(deltas, weights, strict=True):
         total.add_(delta, alpha=weight)
+    if base.dtype == torch.float16:
+        total.clamp_(-LARGEST_HALF, LARGEST_HALF)
     return total.to(base.dtype)
 
 
@@ -84,6 +89,7 @@ def launch(kernel: Any, base: Tensor, deltas: list[Tensor], weights: list[float]
             *[0.0] * spare,
             count,
             TERMS=len(some),
+            HALF=out.dtype == torch.float16,
             BLOCK=block,
         )
         total = out
