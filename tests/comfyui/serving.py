@@ -14,9 +14,16 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX_NANO = ROOT / "models" / "flux-nano"
+# Names that the templates ask for: empty files put them into ComfyUI's lists.
+MODEL_FILES = {
+    "diffusion_models": ("flux1-dev.safetensors", "flux1-schnell.safetensors"),
+    "text_encoders": ("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+    "vae": ("ae.safetensors",),
+}
 CUSTOMIZE = Path(__file__).with_name("customize")
 
 
@@ -27,7 +34,7 @@ class Server:
         self.address, self.log = address, log
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://{self.address}{quote(path)}", timeout=30) as answer:
             return json.load(answer)
 
     def run(self, prompt: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
@@ -63,6 +70,10 @@ def started(comfyui: Path, base: Path) -> Iterator[Server]:
     """ComfyUI with this checkout in custom_nodes, on a free port, its files in the empty folder `base`."""
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "ComfyUI-Lightning").symlink_to(ROOT)
+    for kind, names in MODEL_FILES.items():
+        (base / "models" / kind).mkdir(parents=True)
+        for name in names:
+            (base / "models" / kind / name).touch()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import urllib.request
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from comfyui.serving import FLUX_NANO, Server
+from comfyui.serving import FLUX_NANO, ROOT, Server
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -44,6 +47,34 @@ def test_templates_and_help_are_served(server: Server) -> None:
     address = f"http://{server.address}/extensions/ComfyUI-Lightning/docs/Lightning.md"
     with urllib.request.urlopen(address, timeout=30) as answer:
         assert answer.read().startswith(b"# ")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda file: file.stem)
+def test_templates_have_a_picture_and_values_that_this_comfyui_takes(server: Server, file: Path) -> None:
+    listed = server.get("/object_info")
+    for node in json.loads(file.read_text(encoding="utf-8"))["nodes"]:
+        if node["type"] == "MarkdownNote":  # the page's own
+            continue
+        info = listed[node["type"]]["input"]
+        widgets = [(name, spec) for part in ("required", "optional") for name, spec in info.get(part, {}).items()]
+        given = list(node["widgets_values"])
+        for name, spec in widgets:
+            kind, rules = spec[0], spec[1] if len(spec) > 1 else {}
+            if isinstance(kind, str) and kind not in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                continue  # a socket
+            value = given.pop(0)
+            if kind in ("INT", "FLOAT"):
+                assert rules["min"] <= value <= rules["max"], (node["type"], name)
+            elif kind == "COMBO" or isinstance(kind, list):
+                assert value in (kind if isinstance(kind, list) else rules["options"]), (node["type"], name)
+            else:
+                assert isinstance(value, bool if kind == "BOOLEAN" else str), (node["type"], name)
+            if rules.get("control_after_generate") or name in ("seed", "noise_seed"):
+                assert given.pop(0) == "fixed"  # a template draws the same picture for everyone
+        assert given == [], node["type"]
+    picture = f"http://{server.address}/api/workflow_templates/ComfyUI-Lightning/{quote(file.stem)}.jpg"
+    with urllib.request.urlopen(picture, timeout=30) as answer:
+        assert answer.read(2) == b"\xff\xd8"
 
 
 needs_nano = pytest.mark.skipif(not (FLUX_NANO / "model_index.json").is_file(), reason="flux-nano is not here yet")
