@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_bad_input_is_one_sentence(model: str, options: list[str], words: str) -
     result = hasten_command("generate", "a red apple", *given)
     assert words in one_sentence(result)
     assert list(Path().iterdir()) == []
+
+
+def test_a_package_that_is_missing_is_one_sentence(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    Image.new("RGB", (32, 32), "red").save("a.png")
+    Image.new("RGB", (32, 32), "blue").save("b.png")
+    assert "a package is missing or does not fit" in one_sentence(hasten_command("compare", "a.png", "b.png"))
+
+
+def test_a_broken_folder_is_one_sentence(model: str, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
+    result = hasten_command("generate", "x", "--model", str(broken), "--recipe", "none", *SMALL)
+    assert "is no index of weights" in one_sentence(result)
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_anything_is_drawn(model: str) -> None:

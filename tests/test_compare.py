@@ -115,6 +115,24 @@ def test_averages_are_of_times_and_leave_identical_pictures_out() -> None:
     json.dumps([half.to_dict(), showings[0].to_dict()], allow_nan=False)
 
 
+def test_a_mean_says_how_many_identical_pictures_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    from hasten.screen import Screen
+
+    half, all_of_it = FakePainter({"half": 4}), FakePainter({"half": 8})
+    recipes = [("half", Recipe(name="half"))]
+    showings = [
+        Showing(request, compare_recipes(painter, request, recipes))
+        for painter, request in ((half, Request("x", steps=8)), (all_of_it, Request("y", steps=8)))
+    ]
+    lines = averages(showings)
+    assert lines[1].left_out == 1 and lines[1].psnr_db == showings[0].rows[1].likeness.psnr_db
+    assert lines[1].psnr_words.endswith("dB, 1 identical left out")
+    assert lines[1].to_dict()["left_out"] == 1
+    Screen(quiet=False, as_json=False).table(lines, "here")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{lines[1].psnr_db:.1f}*" in out and "*: without identical pictures, 1 at most." in out
+
+
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no picture file"):
         read_picture(tmp_path / "none.png")

@@ -198,6 +198,89 @@ def test_a_folder_without_weights_is_refused(folder: Path, tmp_path: Path) -> No
         check_model(Model(str(broken)))
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "\xff"])
+def test_a_broken_index_of_weights_is_one_sentence(folder: Path, tmp_path: Path, content: str) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    index = broken / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="is no index of weights: download the model again") as refusal:
+        check_model(Model(str(broken)))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("entry", [{}, 3, "vae", ["diffusers"], [None, None]])
+def test_a_component_that_is_listed_oddly_is_missing(folder: Path, tmp_path: Path, entry: object) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    index = json.loads((broken / "model_index.json").read_text())
+    (broken / "model_index.json").write_text(json.dumps({**index, "vae": entry}))
+    with pytest.raises(ValueError, match="has no vae"):
+        check_model(Model(str(broken)))
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04 cut"])
+def test_a_broken_bin_is_one_sentence(folder: Path, tmp_path: Path, component: str, content: bytes) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    for path in (broken / component).glob("*.safetensors"):
+        path.unlink()
+    name = "diffusion_pytorch_model.bin" if component == "transformer" else "pytorch_model.bin"
+    (broken / component / name).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be loaded as a FLUX model") as refusal:
+        load_painter(Model(str(broken)), device=CPU, dtype=torch.float32)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_of_bin_files_draws(folder: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(folder, tmp_path / "tiny")
+    (path,) = (old / "transformer").glob("*.safetensors")
+    torch.save(load_file(path), old / "transformer" / "diffusion_pytorch_model.bin")
+    path.unlink()
+    assert (painted(Model(str(old))) == painted(Model(str(folder)))).all()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ImportError("No module named 'sentencepiece'"), "a package is missing or does not fit"),
+        (KeyError("norm1"), "it lacks 'norm1'"),
+        (AttributeError("module has no attribute 'X'"), "no attribute 'X'"),
+    ],
+)
+def test_what_loading_stumbles_over_is_one_sentence(
+    folder: Path, single: tuple[Path, dict[str, Path]], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def stumble(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffusers.FluxPipeline.from_pretrained", stumble)
+    monkeypatch.setattr("hasten.checkpoints.load_vae", stumble)
+    for model in (Model(str(folder)), from_files(*single)):
+        with pytest.raises(ValueError, match=words) as refusal:
+            load_painter(model, device=CPU, dtype=torch.float32)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("transformer", "double_blocks.0.img_attn.norm.query_norm.scale"),
+        ("transformer", "txt_in.weight"),
+        ("vae", "encoder.down.1.block.0.conv1.weight"),
+        ("clip_l", "text_model.embeddings.token_embedding.weight"),
+        ("t5xxl", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    ],
+)
+def test_a_file_that_lacks_what_tells_its_shape_is_one_sentence(
+    single: tuple[Path, dict[str, Path]], tmp_path: Path, kind: str, name: str
+) -> None:
+    folder, files = single
+    state = load_file(files[kind])
+    del state[name]
+    save_file(state, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match=r"cut\.safetensors lacks the weight .*: it is not a whole FLUX\.1 file"):
+        load_painter(from_files(folder, {**files, kind: tmp_path / "cut.safetensors"}), device=CPU, dtype=torch.float32)
+
+
 def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no model 'nonsense'"):
         check_model(Model("nonsense"))

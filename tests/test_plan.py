@@ -8,7 +8,7 @@ import pytest
 
 from hasten.anatomy import flux
 from hasten.plan import Plan, make_plan
-from hasten.recipe import Recipe
+from hasten.recipe import Cache, Recipe
 
 
 def plan(method: str, *, double: int = 4, single: int = 3, skip: dict[str, Any] | None = None, **cache: Any) -> Plan:
@@ -82,3 +82,10 @@ def test_skipping_every_block_is_refused() -> None:
 def test_a_method_that_looks_at_double_blocks_needs_one(method: str) -> None:
     with pytest.raises(ValueError, match="leaves none to look at"):
         plan(method, skip={"double": [0, 1, 2, 3]})
+
+
+def test_more_thresholds_than_blocks_are_one_sentence() -> None:
+    cache = Cache(method="mbcache", thresholds=(0.1,) * 3)
+    assert make_plan(Recipe(cache=cache), flux(3, 1)).seams == (1, 2, 3)
+    with pytest.raises(ValueError, match=r"cache\.thresholds has 3 numbers, and this model has 2 double blocks"):
+        make_plan(Recipe(cache=cache), flux(2, 4))

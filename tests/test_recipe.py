@@ -33,8 +33,8 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
         "coefficients": [rng.uniform(-500, 500) for _ in range(rng.randrange(1, 6))],
         "start": start,
         "end": end,
-        "sigma_start": rng.random(),
-        "sigma_end": rng.random(),
+        "sigma_start": 0.5 + 0.5 * rng.random(),
+        "sigma_end": 0.5 * rng.random(),
         "max_consecutive_hits": rng.randrange(-1, 5),
         "first": rng.random() < 0.5,
         "last": rng.random() < 0.5,
@@ -285,3 +285,26 @@ def test_a_bad_file_is_named_in_the_sentence(tmp_path: Path, name: str, content:
     (tmp_path / "folder.toml").mkdir()
     with pytest.raises(ValueError, match=r"folder\.toml cannot be read"):
         Recipe.load(tmp_path / "folder.toml")
+
+
+def test_a_file_with_another_suffix_is_read_as_toml_or_told_what_is_expected(tmp_path: Path) -> None:
+    good, bad = tmp_path / "mine.recipe", tmp_path / "mine.yaml"
+    good.write_text('schema = 1\n[cache]\nmethod = "interval"\n')
+    bad.write_text("schema: 1\ncache:\n  method: interval\n")
+    assert Recipe.load(good).cache.method == "interval"
+    with pytest.raises(ValueError, match=r"mine\.yaml cannot be read: a \.toml or \.json file is expected") as refusal:
+        Recipe.load(bad)
+    assert "YAML" not in str(refusal.value)
+
+
+def test_a_file_beside_one_is_found_under_its_bare_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("schema: 1\n")
+    with pytest.raises(ValueError, match=r"a \.toml or \.json file is expected"):
+        Recipe.load("mine.yaml")
+
+
+def test_sigmas_fall_from_start_to_end() -> None:
+    assert Cache(sigma_start=0.5, sigma_end=0.5).sigma_end == 0.5
+    with pytest.raises(ValueError, match=r"sigma_start is 0\.2 and cache\.sigma_end is 0\.8: sigmas fall"):
+        Cache(sigma_start=0.2, sigma_end=0.8)

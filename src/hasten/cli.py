@@ -75,6 +75,10 @@ def in_one_sentence(command: Callable[P, None]) -> Callable[P, None]:
             _fail("interrupted; nothing was written.", INTERRUPTED)
         except (ValueError, OSError) as error:
             _fail(str(error) or type(error).__name__, BAD_INPUT)
+        except ImportError as error:
+            from hasten.machine import first_line
+
+            _fail(f"a package is missing or does not fit ({first_line(error)}): see `hasten doctor`.", BAD_INPUT)
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise

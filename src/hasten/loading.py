@@ -6,11 +6,12 @@ It knows where models lie and what a FLUX folder must hold; single files are put
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hasten.machine import first_line
+from hasten.machine import first_line, reason_of
 from hasten.painter import FluxPainter, quiet_logs
 from hasten.singlefiles import check_files, load_files
 from hasten.weights import read_header
@@ -19,6 +20,12 @@ SHIPPED_MODEL = "flux-nano"
 # Those that draw from words alone with the weights of a FluxPipeline.
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+# What diffusers, transformers and torch raise for files that are broken, foreign or half there, and for packages that
+# are missing. (A broken .bin ends in the last two.)
+UNLOADABLE = (
+    *(OSError, ValueError, LookupError, RuntimeError, ImportError, AttributeError, TypeError),
+    *(pickle.UnpicklingError, EOFError),
+)
 FLUX_TEXT_WIDTH = 4096  # of T5-xxl, which every FLUX.1 reads; a narrower one is a small FLUX such as flux-nano
 SMALL, LARGE = (256, 64), (1024, 512)  # pixels a side, T5 tokens
 
@@ -62,7 +69,7 @@ def load_painter(model: Model, *, device: Any, dtype: Any) -> FluxPainter:
     check_model(model)
     folder = None if model.files else _local_folder(model.name)
     with quiet_logs():
-        pipe = load_files(model.files, model.tokenizers, dtype) if folder is None else _from_folder(folder, dtype)
+        pipe = _from_files(model, dtype) if folder is None else _from_folder(folder, dtype)
     _check_text_to_image(pipe, model)
     _place(pipe, device)
     # Our own bars are drawn by the command line.
@@ -121,8 +128,8 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{index} is not valid JSON: download the model again.") from None
     _check_class(kind, str(folder))
     for name in COMPONENTS:
-        entry = listed.get(name) or [None, None]
-        if entry[1] is None or not (folder / name).is_dir():
+        entry = listed.get(name)
+        if not isinstance(entry, list) or len(entry) < 2 or entry[1] is None or not (folder / name).is_dir():
             raise ValueError(f"{folder} has no {name}: a FLUX model needs it; download the model again.")
     for component in ("text_encoder", "text_encoder_2", "transformer", "vae"):
         _check_weights(folder / component)
@@ -131,8 +138,13 @@ def _check_folder(folder: Path) -> None:
 def _check_weights(folder: Path) -> None:
     """Each shard that the component's index names, or the weights that lie there, whole by its header."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
-            read_header(folder / shard)
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [folder / shard for shard in shards]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no index of weights: download the model again.") from None
+        for path in paths:
+            read_header(path)
         return
     found = sorted(folder.glob("*.safetensors"))
     if not found and not list(folder.glob("*.bin")):
@@ -175,8 +187,19 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
     try:
         pipeline: Any = diffusers.FluxPipeline
         return pipeline.from_pretrained(folder, local_files_only=True, **{word: dtype})
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder} cannot be loaded as a FLUX model: {first_line(error)}.") from error
+    except UNLOADABLE as error:
+        raise ValueError(f"{folder} cannot be loaded as a FLUX model: {reason_of(error)}.") from error
+
+
+def _from_files(model: Model, dtype: Any) -> Any:
+    import torch
+
+    try:
+        return load_files(model.files, model.tokenizers, dtype)
+    except (ValueError, OSError, torch.OutOfMemoryError):
+        raise  # sentences of our own
+    except UNLOADABLE as error:
+        raise ValueError(f"{model_label(model)} cannot be loaded as FLUX: {reason_of(error)}.") from error
 
 
 def _check_text_to_image(pipe: Any, model: Model) -> None:

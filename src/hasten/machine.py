@@ -74,6 +74,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip().rstrip(".")
 
 
+def reason_of(error: BaseException) -> str:
+    """first_line, said so that it means something alone: a KeyError's is only the key, a missing package a module."""
+    line = first_line(error)
+    if isinstance(error, ImportError):
+        return f"a package is missing or does not fit ({line})"
+    return f"it lacks {line}" if isinstance(error, LookupError) else line
+
+
 def machine_words(device: str) -> str:
     """The device; for a CPU its maker's name where the system tells it, and how many cores may be used."""
     if device != "cpu":

@@ -23,6 +23,7 @@ else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
 SCHEMA = 1
+SUFFIXES = (".toml", ".json")
 
 METHODS = (
     "none",
@@ -124,6 +125,11 @@ class Cache:
             raise ValueError(
                 f"cache.start is {self.start} and cache.end is {self.end}: start must not be after end; swap them."
             )
+        if self.sigma_start is not None and self.sigma_end is not None and self.sigma_start < self.sigma_end:
+            raise ValueError(
+                f"cache.sigma_start is {self.sigma_start} and cache.sigma_end is {self.sigma_end}: sigmas fall, so the "
+                "start must not be below the end; swap them."
+            )
         _at_least("cache.max_consecutive_hits", self.max_consecutive_hits, -1, "-1 means unlimited")
         _at_least("cache.every", self.every, 1, "1 computes every evaluation")
         _between("cache.growth", self.growth, 0.0, 100.0)
@@ -204,11 +210,13 @@ class Recipe:
         if text == "none":
             return cls(name="none", description="Nothing is reused and nothing is skipped.")
         path = Path(text)
-        if path.suffix.lower() in (".toml", ".json") or len(path.parts) > 1:
+        if path.suffix.lower() in SUFFIXES or len(path.parts) > 1:
             return _from_file(path)
         shipped = recipe_folder() / f"{text}.toml"
         if shipped.is_file():
             return dataclasses.replace(_from_file(shipped), name=text)
+        if path.is_file():
+            return _from_file(path)
         raise ValueError(
             f"there is no recipe named {text!r}: {_nearest(text, ['none', *recipe_names()])}, "
             "or give the path of a .toml or .json file."
@@ -272,6 +280,8 @@ def _from_file(path: Path) -> Recipe:
     try:
         data = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        if path.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"the recipe file {path} cannot be read: a .toml or .json file is expected.") from None
         raise ValueError(f"the recipe file {path} is not valid {path.suffix.lstrip('.').upper()}: {error}.") from None
     if not isinstance(data, dict):
         raise ValueError(f"the recipe file {path} holds a {type(data).__name__}: a table of keys is expected.")

@@ -70,16 +70,23 @@ class Screen:
             if line.fewer is None:
                 table.add_row(line.name, *cost, "", "", "", "", "")
                 continue
-            ours = (_db(line.psnr_db), f"{line.ssim:.3f}")
-            rival = (_db(line.fewer.psnr_db), f"{line.fewer.ssim:.3f}")
+            ours = (_db(line), f"{line.ssim:.3f}")
+            rival = (_db(line.fewer), f"{line.fewer.ssim:.3f}")
             table.add_row(line.name, *cost, *ours, *rival, f"{line.cache_mib:.2f}")
         self.results.print(table)
         self.results.print(
             "PSNR in dB and SSIM against the uncached picture; plain: nothing reused, as many steps as were "
-            f"computed; MiB: the cache.\n{circumstances}\n",
+            f"computed; MiB: the cache.{_left_out(averages)}\n{circumstances}\n",
             markup=False,
         )
 
 
-def _db(psnr: float | None) -> str:
-    return "same" if psnr is None else f"{psnr:.1f}"
+def _db(line: Average) -> str:
+    """The mean PSNR in a narrow column; starred where identical pictures are not in it."""
+    return "same" if line.psnr_db is None else f"{line.psnr_db:.1f}" + "*" * (line.left_out > 0)
+
+
+def _left_out(averages: Sequence[Average]) -> str:
+    lines = [line for average in averages for line in (average, average.fewer) if line and line.psnr_db is not None]
+    most = max((line.left_out for line in lines), default=0)
+    return f" *: without identical pictures, {most} at most." if most else ""

@@ -27,7 +27,10 @@ class Showing:
 
 @dataclass(frozen=True)
 class Average:
-    """The same row of several showings, averaged. psnr_db is None when every picture was identical."""
+    """The same row of several showings, averaged. psnr_db is None when every picture was identical.
+
+    left_out: how many showings were identical, and so are in no mean PSNR.
+    """
 
     name: str
     steps: float
@@ -37,6 +40,7 @@ class Average:
     psnr_db: float | None
     ssim: float
     cache_mib: float
+    left_out: int = 0
     fewer: Average | None = None
 
     @classmethod
@@ -54,13 +58,16 @@ class Average:
             psnr_db=fmean(distances) if distances else None,
             ssim=fmean(row.likeness.ssim for row in rows),
             cache_mib=fmean(row.drawing.report.cache_mib for row in rows),
+            left_out=len(rows) - len(distances),
             fewer=cls.of(fewer) if fewer else None,
         )
 
     @property
     def psnr_words(self) -> str:
-        """As people read it: "34.2 dB", or "identical"."""
-        return "identical" if self.psnr_db is None else f"{self.psnr_db:.1f} dB"
+        """As people read it: "34.2 dB", "34.2 dB, 1 identical left out", or "identical"."""
+        if self.psnr_db is None:
+            return "identical"
+        return f"{self.psnr_db:.1f} dB" + (f", {self.left_out} identical left out" if self.left_out else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

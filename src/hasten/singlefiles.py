@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hasten.machine import first_line
+from hasten.machine import reason_of
 from hasten.weights import PREFIXES, bare_name, check_kind, read_header
 
 # Open on the hub, and the very tokenizers that FLUX.1 ships.
@@ -85,9 +85,9 @@ def find_tokenizers(source: str | None) -> tuple[Any, Any]:
             )
         try:
             found.append(kind.from_pretrained(place, subfolder=room))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, LookupError, ImportError) as error:
             raise ValueError(
-                f"no tokenizer could be had from {place} ({first_line(error)}): single files carry none, "
+                f"no tokenizer could be had from {place} ({reason_of(error)}): single files carry none, "
                 "so give --tokenizers a FLUX folder, a ComfyUI folder or a hub name."
             ) from None
     return found[0], found[1]

@@ -6,7 +6,7 @@ It knows what each of FLUX's files looks like from outside, and how ComfyUI stor
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,17 @@ PREFIXES = {
 }
 
 
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes by name. Asked for one that is not there it raises ValueError with one sentence."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__(shapes)
+        self.path = path
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise ValueError(f"{self.path} lacks the weight {name}: it is not a whole FLUX.1 file; download it again.")
+
+
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says of itself: tensor name -> shape."""
@@ -35,7 +46,7 @@ class Header:
     def part(self, kind: str) -> dict[str, tuple[int, ...]]:
         """The shapes of one part of FLUX under the model's own names."""
         named = ((bare_name(name, kind), shape) for name, shape in self.shapes.items())
-        return {name: shape for name, shape in named if name is not None}
+        return Shapes(self.path, {name: shape for name, shape in named if name is not None})
 
     def has(self, *endings: str) -> bool:
         """Whether for each ending there is a tensor whose name ends so."""
