@@ -11,48 +11,30 @@ run into .cache/quick that proves nothing. How each column is measured is writte
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import plot
+import tables
 import torch
 from fitting import calibration
 from grid import Row, all_rows
 from measuring import CONVERGED_STEPS, Settings, Studio, measure_quality, measure_time
 from peers import LIBRARIES, installed
+from record import Plan, finished, recipe_table, write_table
 
 import hasten
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = [
-    "host", "device", "dtype", "size", "steps", "batch", "method", "knob", "predictor", "evaluations", "wall_s",
-    "baseline_wall_s", "psnr_db", "ssim", "psnr_converged_db", "checked", "cache_mib",
-]  # fmt: skip
-PICTURES = ("evaluations", "psnr_db", "ssim", "psnr_converged_db", "checked")  # what the two parts rewrite
-SECONDS = ("wall_s", "baseline_wall_s", "cache_mib")
 CACHE = HERE / ".cache"
 TIMED_TOGETHER = 4  # rows that share one interleaved baseline
 CALIBRATION_PROMPTS = 16
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Where a run writes, what it measures and what it takes up again."""
-
-    settings: Settings
-    pictures: bool
-    seconds: bool
-    folder: Path
-    partial: Path
 
 
 def main() -> None:
@@ -81,7 +63,10 @@ def main() -> None:
         if pending(plan, rows_of(given, library)):
             run_peers(given, library)
     write_table(plan, every, keep_others=bool(given.only))
-    plot.draw(plot.read(folder / "flux_nano.csv"), folder / "flux_nano.png")
+    measured = plot.read(folder / "flux_nano.csv")
+    plot.draw(measured, folder / "flux_nano.png")
+    if not given.quick:
+        tables.rewrite("flux_nano", *recipe_table(measured))
     print(f"wrote {folder / 'flux_nano.csv'} and {folder / 'flux_nano.png'}")
 
 
@@ -136,19 +121,6 @@ def pending(plan: Plan, rows: Sequence[Row]) -> list[Row]:
     """Those that the partial file lacks."""
     done = finished(plan)
     return [row for row in rows if row.name not in done]
-
-
-def finished(plan: Plan) -> dict[str, dict[str, Any]]:
-    """What the partial file holds, by the row's name; a line that was cut short is left out."""
-    done: dict[str, dict[str, Any]] = {}
-    if plan.partial.is_file():
-        for line in plan.partial.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[record.pop("name")] = record
-    return done
 
 
 def references(plan: Plan, studio: Studio) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -246,78 +218,6 @@ def run_peers(given: argparse.Namespace, library: str) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode:
         print(f"warning: the rows of {library} ended with code {done.returncode}; see above", file=sys.stderr)
-
-
-def write_table(plan: Plan, rows: Sequence[Row], *, keep_others: bool) -> None:
-    """Rewrites the CSV from the partial file: beside it first, then in its place."""
-    file = plan.folder / "flux_nano.csv"
-    done = finished(plan)
-    before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)} if file.is_file() else {}
-    table = {row.name: line_of(plan, row, done[row.name], before.get(row.name, {})) for row in rows if row.name in done}
-    if keep_others:
-        table = {**before, **table}
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".part")
-    with partial.open("w", encoding="utf-8", newline="") as lines:
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table.values())
-    partial.replace(file)
-
-
-def line_of(plan: Plan, row: Row, record: dict[str, Any], before: dict[str, str]) -> dict[str, Any]:
-    """One line of the CSV, rounded to what can be told apart; columns of the other part stay as they were."""
-    settings = plan.settings
-    digits = {
-        "evaluations": 2, "wall_s": 4, "baseline_wall_s": 4, "psnr_db": 2, "ssim": 4, "psnr_converged_db": 2,
-        "checked": 3, "cache_mib": 3,
-    }  # fmt: skip
-    mine = (PICTURES if plan.pictures else ()) + (SECONDS if plan.seconds else ())
-    measured = {key: rounded(record[key], digits[key]) if key in mine else before.get(key, "") for key in digits}
-    return {
-        "host": "diffusers",
-        "device": device_names(plan, before.get("device", "")),
-        "dtype": settings.dtype,
-        "size": f"{settings.width}x{settings.height}",
-        "steps": record["steps"],
-        "batch": settings.batch,
-        "method": row.method,
-        "knob": row.knob,
-        "predictor": row.predictor,
-        **measured,
-    }
-
-
-def device_names(plan: Plan, before: str) -> str:
-    """The device's name; of a table in two parts, "pictures: NAME; seconds: NAME"."""
-    name = device_name(plan.settings.device)
-    if plan.pictures and plan.seconds:
-        return name
-    parts = dict(part.split(": ", 1) for part in before.split("; ") if ": " in part)
-    parts["pictures" if plan.pictures else "seconds"] = name
-    return "; ".join(f"{part}: {parts[part]}" for part in ("pictures", "seconds") if part in parts)
-
-
-def rounded(value: float | None, places: int) -> str:
-    """The number as it stands in the file; empty when it was not measured."""
-    if value is None:
-        return ""
-    return f"{value:.{places}f}".rstrip("0").rstrip(".") if math.isfinite(value) else str(value)
-
-
-def device_name(device: str) -> str:
-    """The GPU's own name, or the processor's with its threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{processor()} ({torch.get_num_threads()} threads)"
-
-
-def processor() -> str:
-    """What /proc/cpuinfo calls the processor; elsewhere what Python calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0].replace(";", ",").replace(":", "")
 
 
 if __name__ == "__main__":
