@@ -1,0 +1,315 @@
+"""One full step of a FLUX.1-dev-size transformer with random weights on a GPU, by every stack, in one process.
+
+    python benchmarks/flux_dev_step.py                         # everything, an hour-class run where all is installed
+    python benchmarks/flux_dev_step.py --sizes 1024x1024 --only eager,ours-bf16,ours-fp8 --budget 200
+
+Times are medians of CUDA events. A stack's first call runs with an empty compile cache. Errors are relative L2
+distances of the model's output to the same weights in bfloat16 (eager) and in float32. Rows are written as they are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+COLUMNS = ("stack", "size", "ms_per_step", "first_call_s", "graphs", "peak_gib", "rel_l2_bf16", "rel_l2_fp32")
+SIZES = ("1024x1024", "512x512", "1536x1024", "2048x2048")
+TEXT = 512
+
+
+def main() -> None:
+    """Measures what was asked for, as long as the budget lasts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="stacks, with commas between")
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which no further stack is begun")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="a few blocks of small width, to try the script out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "flux_dev_step.csv")
+    parser.add_argument("--profile", action="store_true", help="prints where each stack's time goes at the first size")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    torch.set_grad_enabled(False)
+    model = make_model(args.device, tiny=args.tiny)
+    sizes = [tuple(int(n) for n in size.split("x")) for size in args.sizes.split(",")]
+    inputs = {size: make_inputs(model, *size) for size in sizes}
+    print(f"model in {time.perf_counter() - begun:.0f} s", flush=True)
+    exact = {size: value.cpu() for size, value in reference_fp32(model, inputs).items()}
+    plain = {size: model(**given)[0].float().cpu() for size, given in inputs.items()}
+    print(f"references after {time.perf_counter() - begun:.0f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for name, stack in STACKS.items():
+        if args.only and name not in args.only.split(","):
+            continue
+        if time.perf_counter() - begun > args.budget:
+            print(f"{name}: left out, the budget of {args.budget:.0f} s is spent", flush=True)
+            continue
+        try:
+            for row in measure(name, stack, model, inputs, plain, exact, args):
+                rows.append(row)
+                print("  ".join(f"{row[c]}" for c in COLUMNS), flush=True)
+                write(rows, args.out)
+        except Exception as error:  # one stack's trouble must not lose the others' rows
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
+            if os.environ.get("TRACE"):
+                raise
+        free()
+
+
+def make_model(device: str, *, tiny: bool) -> Any:
+    """A FluxTransformer2DModel in bfloat16 whose weights are drawn on the device itself."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        small = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 64}
+        model = FluxTransformer2DModel(guidance_embeds=True, **(small if tiny else {}))
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            is_norm = ".norm_" in name and name.endswith("weight")
+            parameter.fill_(1.0) if is_norm else parameter.normal_(0.0, 0.02, generator=generator)
+        else:  # activations keep their size from layer to layer
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def make_inputs(model: Any, width: int, height: int) -> dict[str, Any]:
+    """What one call takes for a picture of that size and a prompt of 512 tokens."""
+    device, dtype = model.device, model.dtype
+    rows, columns = height // 16, width // 16
+    generator = torch.Generator(device).manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+    ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
+    ids[..., 1] += torch.arange(rows, device=device)[:, None]
+    ids[..., 2] += torch.arange(columns, device=device)[None, :]
+    # A timestep and a guidance that bfloat16 holds exactly, thousandfold too: else float32 would see other ones.
+    return {
+        "hidden_states": noise(1, rows * columns, model.config.in_channels),
+        "encoder_hidden_states": noise(1, TEXT, model.config.joint_attention_dim),
+        "pooled_projections": noise(1, model.config.pooled_projection_dim),
+        "timestep": torch.full((1,), 0.5, device=device, dtype=dtype),
+        "guidance": torch.full((1,), 4.0, device=device, dtype=torch.float32),
+        "img_ids": ids.flatten(0, 1),
+        "txt_ids": torch.zeros(TEXT, 3, device=device, dtype=dtype),
+        "return_dict": False,
+    }
+
+
+def reference_fp32(model: Any, inputs: dict[Any, dict[str, Any]]) -> dict[Any, Tensor]:
+    """Outputs of the same weights and inputs in float32, without TF32."""
+    exact = copy.deepcopy(model).float()
+    out = {}
+    for size, given in inputs.items():
+        wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in given.items()}
+        out[size] = exact(**wide)[0]
+    del exact
+    free()
+    return out
+
+
+def measure(
+    name: str,
+    stack: Callable[[Any], Callable[[], int]],
+    model: Any,
+    inputs: dict[Any, dict[str, Any]],
+    plain: dict[Any, Tensor],
+    exact: dict[Any, Tensor],
+    args: argparse.Namespace,
+) -> Any:
+    """One row for each size. `stack` transforms a copy of the model and gives back how to count its graphs."""
+    torch._dynamo.reset()
+    with tempfile.TemporaryDirectory() as folder:
+        for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[variable] = str(Path(folder) / variable)
+        own = copy.deepcopy(model)
+        begun = time.perf_counter()
+        graphs = stack(own)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        prepared = time.perf_counter() - begun
+        for number, (size, given) in enumerate(inputs.items()):
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            out = own(**given)[0].float().cpu()
+            first = time.perf_counter() - begun
+            if number == 0:
+                print(f"{name}: prepared in {prepared:.1f} s, first call {first:.1f} s", flush=True)
+            times = timed(lambda given=given: own(**given), args)
+            yield {
+                "stack": name,
+                "size": f"{size[0]}x{size[1]}",
+                "ms_per_step": round(times, 2),
+                "first_call_s": round(first, 2),
+                "graphs": graphs(),
+                # The unchanged model that the stacks are copied from is not part of a stack.
+                "peak_gib": round(peak_gib(args.device) - size_gib(model), 2),
+                "rel_l2_bf16": round(distance(out, plain[size]), 5),
+                "rel_l2_fp32": round(distance(out, exact[size]), 5),
+            }
+            if args.profile and number == 0:
+                profile(lambda given=given: own(**given))
+
+
+def timed(call: Callable[[], Any], args: argparse.Namespace) -> float:
+    """Median milliseconds of a call."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(args.repeats):
+        if args.device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        else:
+            begun = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begun) * 1000)
+    return statistics.median(times)
+
+
+def profile(call: Callable[[], Any]) -> None:
+    """The kernels that took longest in one call."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    kernels = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels)
+    print(f"  {total / 1000:.1f} ms in kernels")
+    for e in kernels[:16]:
+        print(f"  {e.self_device_time_total / 1000:7.2f} ms {e.count:4d} x  {e.key[:100]}")
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative L2 distance."""
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def peak_gib(device: str) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+
+
+def size_gib(model: Any) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30 if model.device.type == "cuda" else 0.0
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """The rows measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def unique_graphs() -> Callable[[], int]:
+    """Counts what torch compiled since now."""
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    return lambda: counters["stats"]["unique_graphs"] - before
+
+
+def cudnn(model: Any) -> None:
+    """cuDNN's attention, the fastest in 16 bits on Hopper; off a GPU the usual one."""
+    if model.device.type == "cuda":
+        model.set_attention_backend("_native_cudnn")
+
+
+def eager(model: Any) -> Callable[[], int]:
+    return unique_graphs()
+
+
+def eager_cudnn(model: Any) -> Callable[[], int]:
+    cudnn(model)
+    return unique_graphs()
+
+
+def compile_whole(model: Any) -> Callable[[], int]:
+    cudnn(model)
+    model.compile()
+    return unique_graphs()
+
+
+def compile_regional(model: Any) -> Callable[[], int]:
+    cudnn(model)
+    model.compile_repeated_blocks(fullgraph=True)
+    return unique_graphs()
+
+
+def torchao_fp8(model: Any) -> Callable[[], int]:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    from hasten.hosts.diffusers_stack import QUANTISED
+
+    def wanted(module: Any, path: str) -> bool:
+        _, _, inside = path.partition("transformer_blocks.")
+        return isinstance(module, torch.nn.Linear) and inside.partition(".")[2].startswith(QUANTISED)
+
+    cudnn(model)
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
+    model.compile_repeated_blocks(fullgraph=True)
+    return unique_graphs()
+
+
+def ours(bits: str | None = None, *, compiled: bool = True, fuse: bool = True) -> Callable[[Any], Callable[[], int]]:
+    """Our stack: fused passes, 16 bits or fp8, regional compile."""
+
+    def stack(model: Any) -> Callable[[], int]:
+        from hasten.compile import Compiler
+        from hasten.hosts.diffusers_stack import Stack
+
+        cudnn(model)
+        compiler = Compiler(say=print) if compiled else None
+        Stack(model, bits=bits, fuse=fuse, compiler=compiler, say=print)
+        return unique_graphs() if compiler is None else lambda: compiler.graphs
+
+    return stack
+
+
+STACKS: dict[str, Callable[[Any], Callable[[], int]]] = {
+    "eager": eager,
+    "eager-cudnn": eager_cudnn,
+    "regional": compile_regional,
+    "ours-bf16": ours(),
+    "ours-fp8": ours("fp8"),
+    "ours-fp8-unfused": ours("fp8", fuse=False),
+    "ours-fp8-eager": ours("fp8", compiled=False),
+    "whole": compile_whole,
+    "torchao-fp8": torchao_fp8,
+}
+
+
+if __name__ == "__main__":
+    main()

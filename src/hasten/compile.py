@@ -1,0 +1,144 @@
+"""compile.py compiles what a model repeats: one graph for each class of block, sizes dynamic, in one piece.
+
+What is compiled is a block's inner call; gates stand around it as eager hooks and are never seen by the compiler.
+Graphs are counted. Past a limit, and where a compiler is missing or fails, blocks run as they are and a sentence says
+so.
+It knows modules and calls, neither families nor hosts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import nn
+
+INDUCTOR = "inductor"
+Call = Callable[..., Any]
+
+
+class PastLimit(Exception):
+    """Raised by our back-end instead of compiling one graph too many."""
+
+
+class Backend:
+    """A back-end of torch.compile that counts what it compiles. Two of one name are equal, so that torch, which keys
+    compiled code by back-end, finds what an earlier one of us compiled."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name, self.limit = name, limit
+        self.graphs = 0
+        self.seconds = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Backend) and other.name == self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __call__(self, graph: Any, inputs: Any, **options: Any) -> Call:
+        if 0 <= self.limit <= self.graphs:
+            raise PastLimit
+        self.graphs += 1
+        begun = time.perf_counter()
+        compiled: Call = torch._dynamo.lookup_backend(self.name)(graph, inputs, **options)
+        self.seconds += time.perf_counter() - begun
+        return compiled
+
+
+class Compiler:
+    """Compiles calls of modules and keeps the account. limit: of graphs, -1 for any number."""
+
+    def __init__(
+        self, *, backend: str = INDUCTOR, dynamic: bool | None = True, limit: int = 32, say: Callable[[str], None]
+    ) -> None:
+        reason = cannot_compile(backend)
+        if reason is not None:
+            say(reason)
+        self.works = reason is None
+        self._dynamic = dynamic
+        self._say = say
+        self._backend = Backend(backend, limit)
+        self._full = False
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled so far."""
+        return self._backend.graphs
+
+    @property
+    def seconds(self) -> float:
+        """How long the back-end took for them; tracing is not counted."""
+        return self._backend.seconds
+
+    def compile(self, module: nn.Module) -> Call:
+        """What calling `module` does, compiled at its first call; modules of one class share their graphs."""
+        if not self.works:
+            return module._call_impl
+        compiled = torch.compile(_call_of(type(module)), fullgraph=True, dynamic=self._dynamic, backend=self._backend)
+        return functools.partial(self._run, compiled, module)
+
+    def _run(self, compiled: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self.works:
+            return module._call_impl(*args, **kwargs)
+        if self._full:
+            # What is compiled already runs on; what would need a graph of its own runs as it is.
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return compiled(module, *args, **kwargs)
+        try:
+            # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever.
+            with torch.fx.experimental._config.patch(use_duck_shape=False):
+                return compiled(module, *args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:  # compiling failed; nothing was run yet
+            if isinstance(getattr(error, "inner_exception", None), PastLimit):
+                self._full = True
+                self._say(
+                    f"{self.graphs} graphs are compiled, which is the limit: what would need more runs uncompiled; "
+                    "raise compile.limit if the shapes are meant to vary this much"
+                )
+            else:
+                self.works = False
+                self._say(f"torch.compile failed, the blocks run uncompiled ({_first_line(error)})")
+            return module._call_impl(*args, **kwargs)
+
+
+def cannot_compile(backend: str = INDUCTOR) -> str | None:
+    """Why torch.compile cannot work here, in a sentence without its full stop, or None when it can."""
+    if backend != INDUCTOR:
+        return None
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            return "torch.compile needs the package triton on this machine, the model is not compiled"
+    elif not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return "torch.compile needs a C++ compiler on this machine, the model is not compiled"
+    return None
+
+
+def backends() -> list[str]:
+    """torch.compile's back-ends on this machine, the usual one first."""
+    return [INDUCTOR, *(name for name in torch.compiler.list_backends() if name != INDUCTOR)]
+
+
+@functools.cache
+def _call_of(kind: type[nn.Module]) -> Call:
+    """`_call_impl` as a function of its own for each class.
+
+    torch counts and limits compilations by code object (8 each): all modules share nn.Module's, so one class would
+    use up another's.
+    """
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(co_name=kind.__name__), call.__globals__, kind.__name__)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

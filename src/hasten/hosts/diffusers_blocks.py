@@ -1,0 +1,157 @@
+"""diffusers_blocks.py: what of a diffusers FLUX block blocks.py needs, and when the fused block may stand for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten import blocks
+from hasten.blocks import Part
+from hasten.kernels.linear import lay_together
+from hasten.quantize import Linear8
+
+
+class FusedDouble(nn.Module):
+    """Stands for a FluxTransformerBlock: the same arguments, the same results but for rounding."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text and image after the block."""
+        block: Any = self.block
+        attn = block.attn
+        parts = blocks.Double(
+            text=blocks.Stream(
+                block.norm1_context.linear,
+                [Part(attn.add_q_proj), Part(attn.add_k_proj), Part(attn.add_v_proj)],
+                attn.norm_added_q.weight,
+                attn.norm_added_k.weight,
+                [Part(attn.to_add_out)],
+                [Part(block.ff_context.net[0].proj)],
+                [Part(block.ff_context.net[2])],
+            ),
+            image=blocks.Stream(
+                block.norm1.linear,
+                [Part(attn.to_q), Part(attn.to_k), Part(attn.to_v)],
+                attn.norm_q.weight,
+                attn.norm_k.weight,
+                [Part(attn.to_out[0])],
+                [Part(block.ff.net[0].proj)],
+                [Part(block.ff.net[2])],
+            ),
+            heads=attn.heads,
+            eps=attn.norm_q.eps,
+        )
+        return blocks.double(
+            parts,
+            encoder_hidden_states,
+            hidden_states,
+            nn.functional.silu(temb),
+            _pairs(image_rotary_emb),
+            lambda q, k, v: _attend(attn, q, k, v),
+        )
+
+
+class FusedSingle(nn.Module):
+    """Stands for a FluxSingleTransformerBlock: the same arguments, the same results but for rounding."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text and image after the block."""
+        block: Any = self.block
+        attn = block.attn
+        parts = blocks.Single(
+            mods=block.norm.linear,
+            qkv=[Part(attn.to_q), Part(attn.to_k), Part(attn.to_v)],
+            q_norm=attn.norm_q.weight,
+            k_norm=attn.norm_k.weight,
+            up=[Part(block.proj_mlp)],
+            down=[Part(block.proj_out)],
+            heads=attn.heads,
+            eps=attn.norm_q.eps,
+        )
+        return blocks.single(
+            parts,
+            encoder_hidden_states,
+            hidden_states,
+            nn.functional.silu(temb),
+            _pairs(image_rotary_emb),
+            lambda q, k, v: _attend(attn, q, k, v),
+        )
+
+
+FUSED: dict[str, type[nn.Module]] = {
+    "FluxTransformerBlock": FusedDouble,
+    "FluxSingleTransformerBlock": FusedSingle,
+}
+
+
+def fused(block: nn.Module) -> nn.Module | None:
+    """The fused block over the same layers, or None for a block that is none of FLUX's own, or was altered."""
+    kind = FUSED.get(type(block).__name__)
+    if kind is None or not _plain(block):
+        return None
+    return kind(block)
+
+
+def lay_layers_together(block: nn.Module) -> None:
+    """Gives layers with one input weights that lie one behind the other; the values stay as they are."""
+    for layers in _side_by_side(block):
+        eight = all(isinstance(layer, Linear8) for layer in layers)
+        for name in ("weight8", "scale8", "bias") if eight else ("weight", "bias"):
+            for layer, tensor in zip(
+                layers, lay_together([getattr(layer, name).data for layer in layers]), strict=True
+            ):
+                getattr(layer, name).data = tensor
+
+
+def _side_by_side(block: Any) -> list[list[Any]]:
+    attn = block.attn
+    groups = [[attn.to_q, attn.to_k, attn.to_v]]
+    if hasattr(attn, "add_q_proj"):
+        groups.append([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+    elif isinstance(block.proj_mlp, Linear8):  # in 16 bits gelu is the wide layer's last step, so it goes alone
+        groups[0].append(block.proj_mlp)
+    return groups
+
+
+def _plain(block: nn.Module) -> bool:
+    """Whether the block's layers are linear layers and nothing else (no adapters), its attention FLUX's own."""
+    attn: Any = block.attn
+    if type(attn.processor).__name__ != "FluxAttnProcessor" or attn.processor._parallel_config is not None:
+        return False
+    names = {name.rsplit(".", 1)[-1] for name, _ in block.named_modules()}
+    return not any("lora" in name for name in names)
+
+
+def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """diffusers repeats each angle for both numbers of a pair: (S, D) to (S, D / 2)."""
+    cos, sin = rope
+    return cos[:, ::2], sin[:, ::2]
+
+
+def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    out: Tensor = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    return out

@@ -1,0 +1,187 @@
+"""The Triton side of rows.py: one program for one or a few rows, everything in float32 in between.
+
+Imported on first use only, for Triton may be missing. A row is read once and written once; what is computed with it
+(norm, modulation, largest value, cast) stays in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+FP8_MAX = tl.constexpr(448.0)  # the largest e4m3 number
+INT8_MAX = tl.constexpr(127.0)
+SMALLEST = tl.constexpr(1e-12)  # keeps the scale of an all-zero row away from zero
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_row(out, row_scales, row, values, column, inside, width, QUANTISES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes one row as it is, or divided by its own scale; NaN and infinity stay visible as NaN."""
+    if QUANTISES:
+        largest = tl.max(tl.abs(values), 0)
+        if out.dtype.element_ty == tl.int8:
+            scale = tl.maximum(largest, SMALLEST) / INT8_MAX
+            # Half to even is not at hand in Triton; half up differs on exact halves alone.
+            whole = tl.floor(values / scale + 0.5)
+            # An int8 cannot say NaN: the scale says it.
+            broken = tl.sum(tl.where(values != values, 1.0, 0.0), 0) > 0.0
+            scale = tl.where(broken, float("nan"), scale)
+            tl.store(out + row * width + column, whole.to(tl.int8), mask=inside)
+        else:
+            scale = tl.maximum(largest, SMALLEST) / FP8_MAX
+            tl.store(out + row * width + column, (values / scale).to(out.dtype.element_ty), mask=inside)
+        tl.store(row_scales + row, scale)
+    else:
+        tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def residual_norm(  # type: ignore[no-untyped-def]
+    text, image, update, text_mods, image_mods, text_out, image_out, normed, row_scales,
+    length, tokens, batch, width,
+    text_batch, text_row, image_batch, image_row, update_row, text_mods_batch, image_mods_batch,
+    text_out_batch, image_out_batch, eps,
+    GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+    UPDATES: tl.constexpr, NORMS: tl.constexpr, QUANTISES: tl.constexpr, JOINT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x + gate * update, then LayerNorm, * (1 + scale) + shift, the row's scale and the cast; each part optional."""
+    part = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    text_parts = tl.cdiv(length, ROWS)
+    is_text = part < text_parts
+    first = tl.where(is_text, part, part - text_parts) * ROWS
+    count = tl.where(is_text, length, tokens)
+    source = tl.where(is_text, text + b * text_batch, image + b * image_batch)
+    source_row = tl.where(is_text, text_row, image_row).to(tl.int64)
+    target = tl.where(is_text, text_out + b * text_out_batch, image_out + b * image_out_batch)
+    mods = tl.where(is_text, text_mods + b * text_mods_batch, image_mods + b * image_mods_batch)
+    if JOINT:  # rows of one sequence, image behind text, batch after batch
+        base = b * (length + tokens) + tl.where(is_text, 0, length)
+    else:  # all text rows, then all image rows
+        base = tl.where(is_text, b * length, batch.to(tl.int64) * length + b * tokens)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    if UPDATES:
+        gate = tl.load(mods + GATE * width + column, mask=inside, other=0.0).to(tl.float32)
+    if NORMS:
+        shift = tl.load(mods + SHIFT * width + column, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(mods + SCALE * width + column, mask=inside, other=0.0).to(tl.float32) + 1.0
+    for i in range(ROWS):
+        row = (first + i).to(tl.int64)
+        if row < count:
+            x = tl.load(source + row * source_row + column, mask=inside, other=0.0).to(tl.float32)
+            if UPDATES:
+                y = tl.load(update + (base + row) * update_row + column, mask=inside, other=0.0).to(tl.float32)
+                kept = (x + gate * y).to(text_out.dtype.element_ty)
+                tl.store(target + row * width + column, kept, mask=inside)
+                x = kept.to(tl.float32)
+            if NORMS:
+                mean = tl.sum(x, 0) / width
+                centred = tl.where(inside, x - mean, 0.0)
+                variance = tl.sum(centred * centred, 0) / width
+                values = centred * tl.rsqrt(variance + eps) * scale + shift
+                values = tl.where(inside, values, 0.0)
+                _store_row(normed, row_scales, base + row, values, column, inside, width, QUANTISES)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def gelu_row(  # type: ignore[no-untyped-def]
+    before, hidden, out, row_scales, before_width, width, before_row, hidden_row,
+    BEFORE: tl.constexpr, QUANTISES: tl.constexpr, BLOCK_BEFORE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row of [before, gelu(hidden)], with one scale for all of it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(hidden + row * hidden_row + column, mask=inside, other=0.0).to(tl.float32)
+    # gelu's tanh form as x * sigmoid(2u): one exponential. Source: Hendrycks and Gimpel, 2016.
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    value = x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))  # no infinity: x / e**80 is zero enough
+    if BEFORE:
+        at = tl.arange(0, BLOCK_BEFORE)
+        there = at < before_width
+        head = tl.load(before + row * before_row + at, mask=there, other=0.0).to(tl.float32)
+    total = before_width + width
+    if QUANTISES:
+        largest = tl.max(tl.abs(value), 0)
+        if BEFORE:
+            largest = tl.maximum(largest, tl.max(tl.abs(head), 0))
+        if out.dtype.element_ty == tl.int8:
+            scale = tl.maximum(largest, SMALLEST) / INT8_MAX
+            broken = tl.sum(tl.where(value != value, 1.0, 0.0), 0)
+            value = tl.floor(value / scale + 0.5)
+            if BEFORE:
+                broken += tl.sum(tl.where(head != head, 1.0, 0.0), 0)
+                head = tl.floor(head / scale + 0.5)
+            scale = tl.where(broken > 0.0, float("nan"), scale)
+        else:
+            scale = tl.maximum(largest, SMALLEST) / FP8_MAX
+            value = value / scale
+            if BEFORE:
+                head = head / scale
+        tl.store(row_scales + row, scale)
+    tl.store(out + row * total + before_width + column, value.to(out.dtype.element_ty), mask=inside)
+    if BEFORE:
+        tl.store(out + row * total + at, head.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def split_row(  # type: ignore[no-untyped-def]
+    x, out, row_scales, length, tokens, batch, width, x_batch, x_row, QUANTISES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row of a joint sequence to its place among all text rows, then all image rows."""
+    position = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = tl.where(
+        position < length, b * length + position, batch.to(tl.int64) * length + b * tokens + position - length
+    )
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + b * x_batch + position.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
+    _store_row(out, row_scales, row, values, column, inside, width, QUANTISES)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def norm_rope(  # type: ignore[no-untyped-def]
+    qkv, text_q, text_k, image_q, image_k, cos, sin, q, k, v,
+    length, tokens, batch, heads, qkv_row, cos_row, cos_pair, sin_row, sin_pair, eps,
+    JOINT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One token's queries, keys or values: RMSNorm over each head, rotation of neighbouring pairs, joint order."""
+    position = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(2)
+    is_text = position < length
+    total = length + tokens
+    if JOINT:
+        row = b * total + position
+    else:
+        row = tl.where(is_text, b * length + position, batch.to(tl.int64) * length + b * tokens + position - length)
+    head = tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, 2 * HALF)[None, :]
+    inside = head < heads
+    at = head * (2 * HALF) + channel
+    inner = heads * (2 * HALF)
+    given = tl.load(qkv + row * qkv_row + part * inner + at, mask=inside, other=0.0)
+    if part == 2:
+        tl.store(v + (b * total + position) * inner + at, given, mask=inside)
+    else:
+        x = given.to(tl.float32)
+        x *= tl.rsqrt(tl.sum(x * x, 1) / (2 * HALF) + eps)[:, None]
+        weight = tl.where(part == 0, tl.where(is_text, text_q, image_q), tl.where(is_text, text_k, image_k))
+        x *= tl.load(weight + channel).to(tl.float32)
+        pair = tl.arange(0, HALF)
+        c = tl.load(cos + position * cos_row + pair * cos_pair).to(tl.float32)[None, :]
+        s = tl.load(sin + position * sin_row + pair * sin_pair).to(tl.float32)[None, :]
+        even, odd = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+        turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (HEADS, 2 * HALF))
+        out = tl.where(part == 0, q, k)
+        tl.store(out + (b * total + position) * inner + at, turned.to(q.dtype.element_ty), mask=inside)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs a kernel over `grid`."""
+    kernel[grid](*args, **options)
