@@ -4,7 +4,8 @@
     python benchmarks/flux_dev_step.py --sizes 1024x1024 --only eager,ours-bf16,ours-fp8 --budget 200
 
 Times are medians of CUDA events. A stack's first call runs with an empty compile cache. Errors are relative L2
-distances of the model's output to the same weights in bfloat16 (eager) and in float32. Rows are written as they are measured.
+distances of the model's output to the same weights in bfloat16 (eager) and in float32. Rows are
+written as they are measured.
 """
 
 from __future__ import annotations

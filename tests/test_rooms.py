@@ -27,7 +27,7 @@ DATA = ("data",)  # where shipped files lie: pathlib only
 PAPER = ("recipe", "anatomy", "moment", "plan", "policy", "predict")  # can be worked out on paper
 TENSORS = ("signal", "tokens", "attention")
 MEMORY = ("lane", "call", "session", "gate", "report")
-TRANSFORMS = ("quantize", "compile", "sparse")
+TRANSFORMS = ("quantize", "compile", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
 HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.sana")
@@ -45,7 +45,8 @@ ROOMS = (
         hasten=(*DATA, *PAPER, "kernels", *TENSORS, *MEMORY),
         packages=("numpy", "torch"),
     ),
-    Room(("quantize", "compile"), hasten=("recipe",), packages=("torch", "torchao")),
+    Room(("quantize", "compile"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
+    Room(("blocks",), hasten=("kernels", "quantize"), packages=("torch",)),
     Room(("sparse",), hasten=(*PAPER, "kernels", *TENSORS), packages=("torch", "safetensors")),
     # The package of hosts itself names them for those who reach a host through the protocol.
     Room(("hosts",), hasten=(*ENGINE, "hosts")),

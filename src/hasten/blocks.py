@@ -84,13 +84,12 @@ def double(
     given = rows.split_streams(attend(q, k, v).flatten(2), length, dtype=_row_dtype(of_image.out))
     update = _linear(given, split, of_text.out, of_image.out, image.dtype)
     bits = _row_dtype(of_image.up)
-    text, image, *given = rows.add_norm_modulate(text, image, update, *mods, gate=2, shift=3, scale=4, dtype=bits)
-    if bits is None:
-        hidden = _linear(given, split, of_text.up, of_image.up, image.dtype, gelu=True)
-        given = hidden, None
-    else:
-        hidden = _linear(given, split, of_text.up, of_image.up, image.dtype)
-        given = rows.gelu_beside(None, hidden, dtype=bits)
+    text, image, values, scales = rows.add_norm_modulate(
+        text, image, update, *mods, gate=2, shift=3, scale=4, dtype=bits
+    )
+    # In 16 bits gelu is the product's own last step; in 8 it must know the whole row before the cast.
+    hidden = _linear((values, scales), split, of_text.up, of_image.up, image.dtype, gelu=bits is None)
+    given = (hidden, scales) if bits is None else rows.gelu_beside(None, hidden, dtype=bits)
     update = _linear(given, split, of_text.down, of_image.down, image.dtype)
     return rows.add_gated(text, image, update, *mods, gate=5, joint=False)
 
@@ -111,7 +110,8 @@ def single(
     attended = attend(q, k, v).flatten(2).flatten(0, 1)
     if bits is None:
         hidden = _linear(given, 0, (), block.up, image.dtype, gelu=True)
-        update = linear.linear_beside(attended, hidden, *_tensors(block.down[0]))
+        weight, bias = _tensors(block.down[0])
+        update = linear.linear_beside(attended, hidden, weight, bias)
     else:
         given = rows.gelu_beside(attended, wide[:, 3 * attended.shape[1] :], dtype=bits)
         update = _linear(given, 0, (), block.down, image.dtype)
@@ -134,7 +134,7 @@ def _tensors(part: Part) -> tuple[Tensor, ...]:
 
 
 def _linear(
-    given: Sequence[Tensor | None], split: int, text: Layers, image: Layers, dtype: torch.dtype, *, gelu: bool = False
+    given: tuple[Tensor, Tensor], split: int, text: Layers, image: Layers, dtype: torch.dtype, *, gelu: bool = False
 ) -> Tensor:
     """Rows, and their scales where they have any, through layers side by side."""
     values, scales = given

@@ -82,7 +82,8 @@ class Compiler:
         """What calling `module` does, compiled at its first call; modules of one class share their graphs."""
         if not self.works:
             return module._call_impl
-        compiled = torch.compile(_call_of(type(module)), fullgraph=True, dynamic=self._dynamic, backend=self._backend)
+        kind: Any = type(module)
+        compiled = torch.compile(_call_of(kind), fullgraph=True, dynamic=self._dynamic, backend=self._backend)
         return functools.partial(self._run, compiled, module)
 
     def _run(self, compiled: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +95,8 @@ class Compiler:
                 return compiled(module, *args, **kwargs)
         try:
             # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever.
-            with torch.fx.experimental._config.patch(use_duck_shape=False):
+            shapes: Any = torch.fx.experimental._config
+            with shapes.patch(use_duck_shape=False):
                 return compiled(module, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # compiling failed; nothing was run yet
             if isinstance(getattr(error, "inner_exception", None), PastLimit):
@@ -127,7 +129,7 @@ def backends() -> list[str]:
 
 
 @functools.cache
-def _call_of(kind: type[nn.Module]) -> Call:
+def _call_of(kind: Any) -> Call:
     """`_call_impl` as a function of its own for each class.
 
     torch counts and limits compilations by code object (8 each): all modules share nn.Module's, so one class would

@@ -63,7 +63,8 @@ class Linear8(nn.Linear):
             rows, scales = quantise(flat, self.weight8.dtype)
         else:
             rows, scales = split_streams(flat[None], 0, dtype=self.weight8.dtype)
-        return linear_rows_8(rows, scales, 0, (), [self.tensors()], x.dtype).unflatten(0, x.shape[:-1])
+        out: Tensor = linear_rows_8(rows, scales, 0, (), [self.tensors()], x.dtype).unflatten(0, x.shape[:-1])
+        return out
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -20,8 +20,8 @@ FP8 = torch.float8_e4m3fn
 def linear_rows(
     rows: Tensor,
     split: int,
-    text: Sequence[tuple[Tensor, Tensor]],
-    image: Sequence[tuple[Tensor, Tensor]],
+    text: Sequence[tuple[Tensor, ...]],
+    image: Sequence[tuple[Tensor, ...]],
     *,
     gelu: bool = False,
 ) -> Tensor:
@@ -30,9 +30,7 @@ def linear_rows(
     text, image: weights (O, K) and biases (O) of each stream's layers; without text's, split is 0. gelu: in its tanh
     form, taken of the result.
     """
-    out: Tensor = torch.ops.hasten.linear_rows(
-        rows, split, [w for w, _ in text], [b for _, b in text], [w for w, _ in image], [b for _, b in image], gelu
-    )
+    out: Tensor = torch.ops.hasten.linear_rows(rows, split, *_lists(text, 2), *_lists(image, 2), gelu)
     return out
 
 
@@ -40,8 +38,8 @@ def linear_rows_8(
     rows: Tensor,
     scales: Tensor,
     split: int,
-    text: Sequence[tuple[Tensor, Tensor, Tensor]],
-    image: Sequence[tuple[Tensor, Tensor, Tensor]],
+    text: Sequence[tuple[Tensor, ...]],
+    image: Sequence[tuple[Tensor, ...]],
     dtype: torch.dtype,
 ) -> Tensor:
     """linear_rows in 8 bits: rows and weights are float8 or int8, each row and each output with its own scale.
@@ -52,12 +50,8 @@ def linear_rows_8(
         rows,
         scales,
         split,
-        [w for w, _, _ in text],
-        [s for _, s, _ in text],
-        [b for _, _, b in text],
-        [w for w, _, _ in image],
-        [s for _, s, _ in image],
-        [b for _, _, b in image],
+        *_lists(text, 3),
+        *_lists(image, 3),
         dtype,
     )
     return out
@@ -87,6 +81,11 @@ def together(tensors: Sequence[Tensor]) -> Tensor | None:
             return None
         end += tensor.numel()
     return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
+
+
+def _lists(layers: Sequence[tuple[Tensor, ...]], count: int) -> list[list[Tensor]]:
+    """All weights, all scales where there are any, all biases."""
+    return [[layer[i] for layer in layers] for i in range(count)]
 
 
 def _grouped(*lists: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
