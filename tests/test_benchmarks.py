@@ -19,6 +19,7 @@ import flux_nano  # noqa: E402
 import grid  # noqa: E402
 import measuring  # noqa: E402
 import plot  # noqa: E402
+import record  # noqa: E402
 import rivals  # noqa: E402
 
 from hasten.recipe import Recipe  # noqa: E402
@@ -132,7 +133,7 @@ def test_every_method_of_the_engine_has_a_row() -> None:
 
 
 def test_the_table_has_exactly_the_columns_that_the_readme_names() -> None:
-    assert flux_nano.COLUMNS == [
+    assert record.COLUMNS == [
         "host", "device", "dtype", "size", "steps", "batch", "method", "knob", "predictor", "evaluations", "wall_s",
         "baseline_wall_s", "psnr_db", "ssim", "psnr_converged_db", "checked", "cache_mib",
     ]  # fmt: skip
@@ -142,25 +143,25 @@ def test_a_partial_file_that_was_cut_short_keeps_its_whole_lines(tmp_path: Path)
     settings = measuring.Settings(model="nowhere")
     partial = tmp_path / "rows.jsonl"
     partial.write_text('{"name": "a", "psnr_db": 1.0}\n{"name": "b", "ps', encoding="utf-8")
-    plan = flux_nano.Plan(settings, tmp_path, partial)
-    assert list(flux_nano.finished(plan)) == ["a"]
+    plan = record.Plan(settings, True, True, tmp_path, partial)
+    assert list(record.finished(plan)) == ["a"]
 
 
 def test_a_later_measurement_of_a_row_replaces_the_earlier_one_and_keeps_the_others(tmp_path: Path) -> None:
     settings = measuring.Settings(model="nowhere")
     partial = tmp_path / "rows.jsonl"
     rows = [row for row in grid.all_rows(28) if row.method == "fewer steps"][:2]
-    record = '"steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, "psnr_db": %s, "ssim": 0.5, '
-    record += '"psnr_converged_db": null, "checked": 1.0, "cache_mib": null}\n'
-    lines = [f'{{"name": "{row.name}", ' + record % psnr for row, psnr in zip(rows, ("30.0", "Infinity"), strict=True)]
+    figures = '"steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, "psnr_db": %s, "ssim": 0.5, '
+    figures += '"psnr_converged_db": null, "checked": 1.0, "cache_mib": null}\n'
+    lines = [f'{{"name": "{row.name}", ' + figures % psnr for row, psnr in zip(rows, ("30.0", "Infinity"), strict=True)]
     partial.write_text("".join(lines), encoding="utf-8")
-    plan = flux_nano.Plan(settings, tmp_path, partial)
-    flux_nano.write_table(plan, rows, keep_others=False)
-    flux_nano.write_table(plan, rows[:1], keep_others=True)
+    plan = record.Plan(settings, True, True, tmp_path, partial)
+    record.write_table(plan, rows, keep_others=False)
+    record.write_table(plan, rows[:1], keep_others=True)
     with (tmp_path / "flux_nano.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["psnr_db"] for row in table] == ["30", "inf"]
-    assert list(table[0]) == flux_nano.COLUMNS
+    assert list(table[0]) == record.COLUMNS
     assert table[0]["psnr_converged_db"] == ""
 
 
