@@ -284,7 +284,10 @@ def calibrate(
     options = {"steps": steps, "seed": seed, "guidance": guidance}
     makers = [_request_maker(prompt, size, options) for prompt in prompts or PROMPTS]
     where = Model(model, transformer, vae, clip_l, t5xxl, tokenizers)
-    check = lambda: check_calibration([make(None) for make in makers], out)  # noqa: E731
+
+    def check() -> None:
+        check_calibration([make(None) for make in makers], out)
+
     painter = _painter(screen, where, device, dtype, check)
     with screen.progress() as progress:
         recipe = calibrated_recipe(painter, [make(painter) for make in makers], progress=progress)
