@@ -169,7 +169,7 @@ def test_rows_for_another_number_of_steps_are_held_and_said() -> None:
     for cache in ({}, {"of": 28}):
         predictor, notes = fitted([[2.0], [3.0]] if not cache else [[2.0], [3.0], [4.0]], **cache)
         assert predictor.weights([1.0], late(1, 0.8)) == [1.0] and predictor.window == 1
-        assert len(notes) == 1 and "fitted to another run" in notes[0]
+        assert len(notes) == 1 and ("a run of 28 steps, not 5" if cache else "fitted to another run") in notes[0]
     predictor, notes = fitted([[2.0]] * 24, timeline=Timeline([1.0, 0.5, 0.0]))  # a warm-up of two steps
     assert predictor.weights([1.0], Moment(1, 1, 2, 0.5)) == [1.0] and len(notes) == 1
 

@@ -103,14 +103,17 @@ class Fitted:
     """
 
     def __init__(
-        self, rows: Sequence[Sequence[float]], timeline: Timeline, computed: Sequence[bool], note: Note
+        self, rows: Sequence[Sequence[float]], timeline: Timeline, computed: Sequence[bool], note: Note, *, of: int = 0
     ) -> None:
-        """computed: for each step of the whole schedule, whether it is computed."""
+        """computed: for each step of the whole schedule, whether it is computed. of: how many steps the fit had."""
         self.timeline, self.note = timeline, note
         reused = [step for step, whether in enumerate(computed) if not whether]
         self.rows: dict[int, list[float]] = {}
         self.past: dict[int, list[int]] = {}
-        if len(rows) != len(reused):
+        if of not in (0, len(computed)):
+            # A list for another number of steps is stretched; what was fitted to its steps is not.
+            note(f"cache.weights were fitted to a run of {of} steps, not {len(computed)}: the newest delta is held")
+        elif len(rows) != len(reused):
             note(
                 f"cache.weights has {len(rows)} rows and this run reuses {len(reused)} of its {len(computed)} steps: "
                 "they were fitted to another run, so the newest delta is held"
@@ -154,7 +157,5 @@ def make_predictor(cache: Cache, timeline: Timeline, note: Note = lambda text: N
             high=timeline.sigmas[0],
         )
     if cache.predictor == "weights":
-        # A list for another number of steps is stretched; what was fitted to its steps is not.
-        fits = cache.of in (0, timeline.before + timeline.intervals)
-        return Fitted(cache.weights if fits else (), timeline, planned(cache, timeline), note)
+        return Fitted(cache.weights, timeline, planned(cache, timeline), note, of=cache.of)
     return Hold()
