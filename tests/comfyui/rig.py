@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,11 @@ def start(folder: Path) -> None:
     import comfy.sample  # noqa: F401
 
 
-def tiny_model(*, seed: int = 0, double: int = 2, single: int = 4, in_channels: int = 16, ops: Any = None) -> Any:
-    """A ModelPatcher around a random Flux: width 64, two heads, 16 channels, embedded guidance."""
+def tiny_model(
+    *, seed: int = 0, double: int = 2, single: int = 4, in_channels: int = 16, ops: Any = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:  # fmt: skip
+    """A ModelPatcher around a random Flux: width 64, two heads, 16 channels, embedded guidance. dtype: its weights'."""
     import comfy.ldm.flux.model
     import comfy.model_management as mm
     import comfy.model_patcher
@@ -46,7 +48,7 @@ def tiny_model(*, seed: int = 0, double: int = 2, single: int = 4, in_channels: 
         if f.name not in cfg and f.default is dataclasses.MISSING:
             cfg[f.name] = [] if f.name.endswith("_dims") else None
     config = comfy.supported_models.Flux(cfg)
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     if ops is not None:
         config.custom_operations = ops
     net = config.get_model({}, device=mm.unet_offload_device())
@@ -62,7 +64,7 @@ def fill(net: torch.nn.Module, seed: int) -> None:
             if name.endswith("scale") or "_norm." in name:
                 weight.fill_(1.0)  # the norms' own name for it differs by version
             else:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.04)
+                weight.copy_((torch.randn(weight.shape, generator=generator) * 0.04).to(weight.dtype))
 
 
 def condition(*, tokens: int = 12, seed: int = 1, **more: Any) -> list[Any]:
@@ -114,9 +116,11 @@ def sample(
     )  # fmt: skip
 
 
-def new_id() -> str:
-    """A node id."""
-    return uuid.uuid4().hex[:6]
+def overrides_attention() -> bool:
+    """Whether this ComfyUI asks `optimized_attention_override`, as it does since 0.3.60."""
+    import comfy.ldm.modules.attention
+
+    return hasattr(comfy.ldm.modules.attention, "wrap_attn")
 
 
 def sample_noise(model: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUX_NANO = ROOT / "models" / "flux-nano"
@@ -37,11 +37,26 @@ class Server:
         with urllib.request.urlopen(f"http://{self.address}{quote(path)}", timeout=30) as answer:
             return json.load(answer)
 
-    def run(self, prompt: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-        """The finished run's outputs, and the lines that were shown on each node while it ran."""
-        return asyncio.run(self._run(prompt))
+    def run(
+        self, prompt: dict[str, Any], *, interrupt_at: int | None = None
+    ) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        """The finished run's outputs, and the lines that were shown on each node while it ran.
 
-    async def _run(self, prompt: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+        interrupt_at: the step of the sampler at which the page's stop button is pressed; nothing is put out then.
+        """
+        return asyncio.run(self._run(prompt, interrupt_at))
+
+    def picture(self, outputs: dict[str, Any], node: str) -> bytes:
+        """The file that a SaveImage node of a finished run wrote."""
+        image = outputs[node]["images"][0]
+        query = urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
+        with urllib.request.urlopen(f"http://{self.address}/view?{query}", timeout=30) as answer:
+            data: bytes = answer.read()
+        return data
+
+    async def _run(
+        self, prompt: dict[str, Any], interrupt_at: int | None
+    ) -> tuple[dict[str, Any], dict[str, list[str]]]:
         import aiohttp
 
         client, lines = uuid.uuid4().hex, {}
@@ -59,10 +74,16 @@ class Server:
                     lines.setdefault(node, []).append(message.data[8 + length :].decode())
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
-                    if event["type"] in ("execution_success", "execution_error"):
-                        assert event["type"] == "execution_success", event["data"]
+                    if event["type"] == "progress" and event["data"]["value"] == interrupt_at:
+                        await (await session.post("/interrupt")).read()
+                    if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                        wanted = "execution_success" if interrupt_at is None else "execution_interrupted"
+                        assert event["type"] == wanted, event["data"]
                         break
-        outputs = self.get(f"/history/{accepted['prompt_id']}")[accepted["prompt_id"]]["outputs"]
+        key = accepted["prompt_id"]
+        while key not in (history := self.get(f"/history/{key}")):  # written after the page was told
+            await asyncio.sleep(0.1)
+        outputs = history[key]["outputs"]
         return outputs, lines
 
 

@@ -169,23 +169,50 @@ def test_a_controlnets_residuals_count_once(rig: Any, model: Any) -> None:
         assert (seen[1] - seen[0]).abs().max() < 0.01 * seen[0].abs().max()
 
 
+KEY = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+
+
+def with_lora(model: Any) -> Any:
+    """A clone with one matrix changed, as LoraLoader does it."""
+    change = torch.randn(192, 64, generator=torch.Generator().manual_seed(8)) * 0.05
+    new = model.clone()
+    assert new.add_patches({KEY: ("diff", (change,))}) == [KEY]
+    return new
+
+
 @pytest.mark.parametrize("first", ["lora", "ours"])
-def test_a_lora_before_or_after(rig: Any, first: str) -> None:
-    model = rig.tiny_model()
-    generator = torch.Generator().manual_seed(8)
-    key = "diffusion_model.double_blocks.0.img_attn.qkv.weight"
-    change = {key: ("diff", (torch.randn(192, 64, generator=generator) * 0.05,))}
-
-    def with_lora(m: Any) -> Any:
-        new = m.clone()
-        assert new.add_patches(change) == [key]
-        return new
-
+def test_a_lora_before_or_after(rig: Any, model: Any, first: str) -> None:
+    without = rig.sample(model)
     alone = rig.sample(with_lora(model))
-    order = (lambda m: host.put_recipe(with_lora(m), NEVER)) if first == "lora" else (
-        lambda m: with_lora(host.put_recipe(m, NEVER))
-    )  # fmt: skip
-    assert torch.equal(rig.sample(order(model)), alone)
+    assert not torch.equal(alone, without)
+    for wanted in (NEVER, OFTEN):
+        patched = host.put_recipe(with_lora(model), wanted) if first == "lora" else with_lora(
+            host.put_recipe(model, wanted)
+        )  # fmt: skip
+        out = rig.sample(patched)
+        if wanted is NEVER:
+            assert torch.equal(out, alone)
+        else:
+            assert host.reports_of(patched)[-1].reused >= 1
+            assert (out - alone).abs().mean() < 0.5 * alone.abs().mean()
+
+
+def test_low_vram_offload(rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most layers stay on the offload device and are cast as they are used, a LoRA among them."""
+    import comfy.model_management as management
+
+    load = type(model).load
+
+    def partly(self: Any, device_to: Any = None, lowvram_model_memory: float = 0, **how: Any) -> Any:
+        half = self.model_size() // 2
+        return load(self, device_to, lowvram_model_memory=half, **{**how, "full_load": False})
+
+    monkeypatch.setattr(type(model), "load", partly)
+    agrees(rig, model)
+    assert model.model.model_lowvram
+    agrees(rig, with_lora(model))
+    monkeypatch.undo()
+    management.unload_all_models()
 
 
 def test_another_packs_block_patch_and_attention_are_kept(rig: Any, model: Any) -> None:
@@ -212,6 +239,34 @@ def test_another_packs_block_patch_and_attention_are_kept(rig: Any, model: Any) 
     assert len(blocks) - 2 * computed[0] == report.computed
 
 
+def test_another_packs_patch_that_comes_after_ours_in_the_graph(rig: Any, model: Any) -> None:
+    def theirs(args: Any, extra: Any) -> Any:
+        out = extra["original_block"](args)
+        return {**out, "img": out["img"] * 0.97}
+
+    alone = model.clone()
+    alone.set_model_patch_replace(theirs, "dit", "single_block", 2)
+    after = host.put_recipe(model, NEVER)
+    after.set_model_patch_replace(theirs, "dit", "single_block", 2)
+    assert torch.equal(rig.sample(after), rig.sample(alone))
+
+
+def test_our_attention_is_chained_onto_another_packs(rig: Any, model: Any) -> None:
+    attended = []
+
+    def theirs(func: Any, *args: Any, **kwargs: Any) -> Any:
+        attended.append(1)
+        return func(*args, **kwargs)
+
+    foreign = model.clone()
+    foreign.model_options["transformer_options"]["optimized_attention_override"] = theirs
+    both = comfy_attention.put_attention(foreign, "sdpa")
+    assert torch.allclose(rig.sample(both), rig.sample(model), atol=1e-4)
+    taken = len(attended)
+    rig.sample(comfy_attention.drop_attention(both))
+    assert taken == 0 and (len(attended) > 0) == rig.overrides_attention()
+
+
 def test_our_attention_is_near_cores(rig: Any, model: Any) -> None:
     stock = rig.sample(model)
     ours = rig.sample(comfy_attention.put_attention(model, "sdpa"))
@@ -220,15 +275,16 @@ def test_our_attention_is_near_cores(rig: Any, model: Any) -> None:
     assert torch.equal(rig.sample(both), ours)
 
 
-def test_cores_easycache_stays_in_charge(rig: Any, model: Any) -> None:
-    EasyCacheNode = rig.extra_node("nodes_easycache").EasyCacheNode
-    core = EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0]
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_cores_own_cache_stays_in_charge(rig: Any, model: Any, name: str) -> None:
+    node = getattr(rig.extra_node("nodes_easycache"), f"{name}Node")
+    core = node.execute(model, 0.2, 0.15, 0.95, False)[0]
     alone = rig.sample(core)
     patched = host.put_recipe(core, OFTEN)
     assert torch.equal(rig.sample(patched), alone)
-    assert "EasyCache node is in charge" in host.reports_of(patched)[-1].notes[0]
+    assert f"{name} node is in charge" in host.reports_of(patched)[-1].notes[0]
     # The other way round, too: core's wrappers come after ours.
-    other = EasyCacheNode.execute(host.put_recipe(model, OFTEN), 0.2, 0.15, 0.95, False)[0]
+    other = node.execute(host.put_recipe(model, OFTEN), 0.2, 0.15, 0.95, False)[0]
     assert torch.equal(rig.sample(other), alone)
 
 
@@ -244,6 +300,15 @@ def test_weights_of_another_kind_are_never_touched(rig: Any) -> None:
                 return torch.nn.functional.linear(x, (self.weight / scale).round() * scale, self.bias)
 
     agrees(rig, rig.tiny_model(ops=Ops))
+
+
+def test_weights_in_fp8(rig: Any) -> None:
+    model = rig.tiny_model(dtype=torch.float8_e4m3fn)
+    before = {name: weight.clone() for name, weight in model.model.diffusion_model.named_parameters()}
+    assert before["single_blocks.0.linear1.weight"].dtype == torch.float8_e4m3fn
+    agrees(rig, model)
+    for name, weight in model.model.diffusion_model.named_parameters():
+        assert torch.equal(weight.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
 def test_several_models_in_one_graph(rig: Any) -> None:
@@ -271,17 +336,24 @@ def test_skipped_blocks_that_are_not_there(rig: Any, model: Any) -> None:
     assert not torch.equal(out, rig.sample(model))
 
 
+def test_bypass_undoes_everything_at_once(rig: Any, model: Any) -> None:
+    """The stack that people build; the same model without it is stock again, run after run."""
+    stock = rig.sample(model)
+    stack = host.put_recipe(comfy_attention.put_attention(with_lora(model), "sdpa"), OFTEN)
+    first = rig.sample(stack)
+    assert torch.equal(rig.sample(model), stock)
+    assert torch.equal(rig.sample(stack), first)
+    assert torch.equal(rig.sample(model), stock)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("whose", ["core before", "core after", "ours before", "ours after"])
 def test_compiled_before_or_after(rig: Any, model: Any, whose: str) -> None:
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
     def compiled(m: Any) -> Any:
         if whose.startswith("ours"):
             return comfy_compile.compile_blocks(m, backend="eager")[0]
-        new = m.clone()
-        set_torch_compile_wrapper(new, backend="eager")
-        return new
+        # Not inductor, which takes minutes here: what matters is who compiles what, and around what.
+        return rig.extra_node("nodes_torch_compile").TorchCompileModel.execute(m, "eager")[0]
 
     torch._dynamo.reset()
     for wanted in (NEVER, OFTEN):

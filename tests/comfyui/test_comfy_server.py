@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.request
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from comfyui.serving import FLUX_NANO, ROOT, Server
+from PIL import Image
 
 pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
-def prompt(seed: int, **fast: Any) -> dict[str, Any]:
+def prompt(seed: int, *, steps: int = 12, **fast: Any) -> dict[str, Any]:
     """The flux-nano template as the API takes it. fast: the node between loader and sampler."""
     kind = fast.pop("kind", "Lightning")
     return {
@@ -25,7 +28,7 @@ def prompt(seed: int, **fast: Any) -> dict[str, Any]:
         "5": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
         "6": {"class_type": "KSampler", "inputs": {
             "model": ["2", 0], "positive": ["4", 0], "negative": ["3", 0], "latent_image": ["5", 0], "seed": seed,
-            "steps": 12, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
+            "steps": steps, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}},
         "7": {"class_type": "VAEDecode", "inputs": {"samples": ["6", 0], "vae": ["1", 2]}},
         "8": {"class_type": "SaveImage", "inputs": {"images": ["7", 0], "filename_prefix": "t"}},
         "9": {"class_type": "LightningReport", "inputs": {"model": ["2", 0], "samples": ["6", 0]}},
@@ -64,7 +67,7 @@ def test_templates_have_a_picture_and_values_that_this_comfyui_takes(server: Ser
                 continue  # a socket
             value = given.pop(0)
             if kind in ("INT", "FLOAT"):
-                assert rules["min"] <= value <= rules["max"], (node["type"], name)
+                assert rules.get("min", value) <= value <= rules.get("max", value), (node["type"], name)
             elif kind == "COMBO" or isinstance(kind, list):
                 assert value in (kind if isinstance(kind, list) else rules["options"]), (node["type"], name)
             else:
@@ -94,6 +97,38 @@ def test_a_run_shows_its_line_on_the_node_and_in_the_report(server: Server) -> N
         counts.append(int(line.split()[1]))
     # The node's output stays cached when only the seed changes: reuse must not wear off.
     assert max(counts) < 12 and abs(counts[0] - counts[1]) <= 2
+
+
+def pixels(server: Server, outputs: dict[str, Any]) -> Any:
+    """The saved picture without the workflow that is written into its file."""
+    return np.asarray(Image.open(io.BytesIO(server.picture(outputs, "8"))))
+
+
+@needs_nano
+def test_a_stopped_run_says_so_and_the_next_one_is_as_if_it_were_the_first(server: Server) -> None:
+    first, _ = server.run(prompt(11, recipe="fast", threshold=-1.0, steps=60))
+    _, lines = server.run(prompt(12, recipe="fast", threshold=-1.0, steps=61), interrupt_at=20)
+    assert "did not come to its end" in lines["2"][-1]
+    server.run(prompt(13, recipe="fast", threshold=-1.0, steps=12))
+    again, _ = server.run(prompt(11, recipe="fast", threshold=-1.0, steps=60))
+    assert np.array_equal(pixels(server, again), pixels(server, first))
+
+
+@needs_nano
+def test_bypassing_the_node_gives_stocks_picture(server: Server) -> None:
+    """What the page sends for a bypassed node is the graph without it."""
+    without = prompt(21)
+    del without["2"], without["9"]
+    without["6"]["inputs"]["model"] = ["1", 0]
+    stock, _ = server.run(without)
+    fast, _ = server.run(prompt(21, recipe="turbo", threshold=-1.0))
+    assert not np.array_equal(pixels(server, fast), pixels(server, stock))
+    without["8"]["inputs"]["filename_prefix"] = "again"
+    without["6"]["inputs"]["seed"] = 22
+    server.run(without)
+    without["6"]["inputs"]["seed"] = 21
+    again, _ = server.run(without)
+    assert np.array_equal(pixels(server, again), pixels(server, stock))
 
 
 @needs_nano
