@@ -74,7 +74,9 @@ class Server:
                     lines.setdefault(node, []).append(message.data[8 + length :].decode())
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
-                    if event["type"] == "progress" and event["data"]["value"] == interrupt_at:
+                    # Not at one step: versions differ in how many of a sampler's steps the page hears of.
+                    steps = event["data"]["value"] if event["type"] == "progress" else 0
+                    if interrupt_at is not None and steps >= interrupt_at:
                         await (await session.post("/interrupt")).read()
                     if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
                         wanted = "execution_success" if interrupt_at is None else "execution_interrupted"

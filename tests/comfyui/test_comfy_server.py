@@ -107,7 +107,7 @@ def pixels(server: Server, outputs: dict[str, Any]) -> Any:
 @needs_nano
 def test_a_stopped_run_says_so_and_the_next_one_is_as_if_it_were_the_first(server: Server) -> None:
     first, _ = server.run(prompt(11, recipe="fast", threshold=-1.0, steps=60))
-    _, lines = server.run(prompt(12, recipe="fast", threshold=-1.0, steps=61), interrupt_at=20)
+    _, lines = server.run(prompt(12, recipe="fast", threshold=-1.0, steps=200), interrupt_at=5)
     assert "did not come to its end" in lines["2"][-1]
     server.run(prompt(13, recipe="fast", threshold=-1.0, steps=12))
     again, _ = server.run(prompt(11, recipe="fast", threshold=-1.0, steps=60))
