@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hasten.hosts import comfy, comfy_attention, comfy_inputs, comfy_report
+from hasten.hosts import comfy, comfy_attention, comfy_inputs, comfy_lines, comfy_report
 from hasten.recipe import Recipe, Skip
 
 STEPS = 16
@@ -496,6 +496,37 @@ def test_an_attention_override_is_chained_and_undone() -> None:
     assert override(None, q, q, q, 3, mask=torch.ones(5, 5), skip_reshape=True) == "theirs"
     back = comfy_attention.drop_attention(ours)
     assert back.model_options["transformer_options"] == {comfy_attention.SLOT: theirs}
+
+
+def test_nodes_without_a_cache_have_their_line_after_each_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[Any, str] = {}
+    monkeypatch.setattr(comfy_lines, "tell", lambda node, line: told.__setitem__(node, line))
+    compiled = comfy_lines.put_line(model, "compile", "6 blocks are compiled", node="1", title="Compile")
+    first = comfy_lines.put_line(compiled, "attention", "attention sdpa", node="2", title="A", counts=True)
+    second = comfy_lines.put_line(first, "attention", "attention cudnn", node="3", title="B", counts=True)
+    plain = stock(model)
+    for _ in range(2):
+        told.clear()
+        assert torch.equal(stock(second), plain)
+        assert told["1"].startswith("6 blocks are compiled · sampling took ")
+        assert told["2"] == "not in charge: B, later in the graph, replaced it"
+        assert told["3"].startswith("attention cudnn · was asked for nothing that could be counted")
+    told.clear()
+    stock(comfy_lines.drop_line(second, "attention"))
+    assert list(told) == ["1"]
+    assert comfy_lines.drop_line(compiled, "compile").model_options == model.model_options
+
+
+def test_attention_calls_are_counted_as_taken_or_left(model: Any) -> None:
+    count = comfy_lines.Count()
+    override = comfy_attention.override("sdpa", None)
+    q = torch.randn(1, 2, 4, 8)
+    to = {comfy_lines.COUNT: count}
+    override(None, q, q, q, 2, skip_reshape=True, transformer_options=to)
+    mask = torch.ones(4, 4)
+    override(lambda *a, **k: "stock", q, q, q, 2, mask=mask, skip_reshape=True, transformer_options=to)
+    override(None, q, q, q, 2, skip_reshape=True)
+    assert str(count) == "took 1 of 2 calls"
 
 
 def test_what_a_backend_cannot_take_goes_to_comfyui() -> None:

@@ -13,6 +13,7 @@ import torch
 
 import hasten
 from hasten.hosts import comfy as host
+from hasten.hosts import comfy_lines
 from hasten.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
@@ -94,6 +95,37 @@ def test_original_nodes_run_and_report(nodes: dict[str, Any], rig: Any, model: A
         text, strip = nodes["LightningReport"].execute(patched, {"samples": samples}).args
         assert text.startswith("computed ")
         assert strip.shape[-1] == 3
+
+
+def test_attention_and_compile_say_what_they_did(
+    nodes: dict[str, Any], rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host, "tell", lambda node, text: said.append(text))
+    monkeypatch.setattr(comfy_lines, "tell", lambda node, text: said.append(text))
+    attended = nodes["LightningAttention"].execute(model, "sdpa")[0]
+    if not rig.overrides_attention():
+        assert attended is model
+        assert said == ["left as it is: this ComfyUI takes no other attention (0.3.60 and newer do), attention is "
+                        "left as it is"]  # fmt: skip
+        return
+    rig.sample(attended)
+    assert said[-1].startswith("attention sdpa · took 48 of 48 calls · sampling took ")
+    compiled = nodes["LightningCompile"].execute(model, True, "eager")[0]
+    rig.sample(compiled)
+    assert said[-1].startswith("6 blocks are compiled as they first run (eager) · sampling took ")
+    fast = nodes["ApplyFastCuDNNKernels"].execute(model, True, "high")[0]
+    rig.sample(fast)
+    assert said[-1].startswith("float32 products at 'high', cuDNN looks for its fastest kernels")
+    # The cache's line names the attention in charge, whichever node comes first.
+    for order in ((("LightningAttention", ("sdpa",)), ("Lightning", ("balanced",))),
+                  (("Lightning", ("balanced",)), ("LightningAttention", ("sdpa",)))):  # fmt: skip
+        said.clear()
+        both = model
+        for name, values in order:
+            both = nodes[name].execute(both, *values)[0]
+        rig.sample(both)
+        assert any(text.startswith("computed ") and text.endswith("attention sdpa") for text in said)
 
 
 def test_recipes_are_built_and_read_from_files(nodes: dict[str, Any], tmp_path: Path) -> None:

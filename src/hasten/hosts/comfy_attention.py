@@ -8,6 +8,7 @@ whose settings last as long as one sampling run.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hasten.hosts.comfy import ATTENTION, OUTER_SAMPLE
+from hasten.hosts.comfy_lines import counted
 
 SLOT = "optimized_attention_override"
 FAST_MATH = "hasten_fast_math"
@@ -32,6 +34,9 @@ def available(backend: str) -> str | None:
         return "the package sageattention is not installed, attention is left as it is"
     if backend in ("sage", "cudnn") and not torch.cuda.is_available():
         return f"{backend} attention needs an NVIDIA GPU, attention is left as it is"
+    core = sys.modules.get("comfy.ldm.modules.attention")
+    if core is not None and not hasattr(core, "wrap_attn"):
+        return "this ComfyUI takes no other attention (0.3.60 and newer do), attention is left as it is"
     return None
 
 
@@ -73,7 +78,9 @@ def override(backend: str, found: Callable[..., Any] | None) -> Callable[..., An
         mask = args[4] if len(args) > 4 else kwargs.get("mask")
         separate = kwargs.get("skip_reshape", False)
         head_dim = q.shape[-1] if separate else q.shape[-1] // heads
-        if mask is not None or not takes(q, head_dim):
+        takes_it = mask is None and takes(q, head_dim)
+        counted(kwargs, takes_it)
+        if not takes_it:
             return func(*args, **kwargs) if found is None else found(func, *args, **kwargs)
         q, k, v = args[:3]
         if not separate:

@@ -10,7 +10,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from hasten.hosts import comfy, comfy_attention, comfy_compile, comfy_inputs, comfy_report
+from hasten.hosts import comfy, comfy_attention, comfy_compile, comfy_inputs, comfy_lines, comfy_report
 from hasten.recipe import METHODS, Recipe, recipe_names
 
 _log = logging.getLogger("hasten.comfy")
@@ -63,6 +63,12 @@ class Lightning(io.ComfyNode):  # type: ignore[misc]
         """The inputs as they came, with the reason on the node: never a traceback for a value that can be mended."""
         comfy.tell(cls.node_id(), f"left as it is: {reason}")
         return io.NodeOutput(*outputs)
+
+    @classmethod
+    def told(cls, model: Any, kind: str, text: str, *, counts: bool = False) -> Any:
+        """A clone of the model whose runs end with this line on this node; it stands there before the first, too."""
+        cls.say(text)
+        return comfy_lines.put_line(model, kind, text, node=cls.node_id(), title=cls.TITLE, counts=counts)
 
     @classmethod
     def say(cls, text: str) -> None:
@@ -187,6 +193,17 @@ class ApplyMBCacheAndSkipBlocks(Lightning):
         return io.NodeOutput(cls.put(model, recipe, [], (start, end)))
 
 
+def attending(node: type[Lightning], model: Any, backend: str | None) -> Any:
+    """The node's output: a clone that attends with `backend`, or None of ours, or the model with the reason why not."""
+    if backend is None:
+        return io.NodeOutput(comfy_lines.drop_line(comfy_attention.drop_attention(model), "attention"))
+    reason = comfy_attention.available(backend)
+    if reason is not None:
+        return node.passed_through(reason, model)
+    clone = comfy_attention.put_attention(model, backend)
+    return io.NodeOutput(node.told(clone, "attention", f"attention {backend}", counts=True))
+
+
 class ApplySageAttention(Lightning):
     TITLE = "Apply SageAttention"
 
@@ -207,12 +224,7 @@ class ApplySageAttention(Lightning):
 
     @classmethod
     def execute(cls, model: Any, use_SageAttention: bool) -> Any:
-        if not use_SageAttention:
-            return io.NodeOutput(comfy_attention.drop_attention(model))
-        reason = comfy_attention.available("sage")
-        if reason is not None:
-            return cls.passed_through(reason, model)
-        return io.NodeOutput(comfy_attention.put_attention(model, "sage"))
+        return attending(cls, model, "sage" if use_SageAttention else None)
 
 
 class ApplyFastCuDNNKernels(Lightning):
@@ -240,13 +252,15 @@ class ApplyFastCuDNNKernels(Lightning):
     @classmethod
     def execute(cls, model: Any, switch: bool, float32_matmul_precision: str) -> Any:
         if not switch:
-            return io.NodeOutput(comfy_attention.drop_attention(comfy_attention.without_fast_math(model)))
+            plain = comfy_attention.drop_attention(comfy_attention.without_fast_math(model))
+            return io.NodeOutput(comfy_lines.drop_line(comfy_lines.drop_line(plain, "attention"), "fast kernels"))
         fast = comfy_attention.put_fast_math(model, float32_matmul_precision)
         reason = comfy_attention.available("cudnn")
-        if reason is None:
-            return io.NodeOutput(comfy_attention.put_attention(fast, "cudnn"))
-        cls.say(reason)
-        return io.NodeOutput(fast)
+        said = f"float32 products at {float32_matmul_precision!r}, cuDNN looks for its fastest kernels"
+        if reason is not None:
+            return io.NodeOutput(cls.told(fast, "fast kernels", f"{said} · {reason}"))
+        fast = comfy_attention.put_attention(fast, "cudnn")
+        return io.NodeOutput(cls.told(fast, "attention", f"{said} · attention cudnn", counts=True))
 
 
 class CompileAndQuantizeModel(Lightning):
@@ -283,8 +297,7 @@ class CompileAndQuantizeModel(Lightning):
             cls.say(said)
             return io.NodeOutput(model, quantised)
         compiled, first = comfy_compile.compile_blocks(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-        cls.say(f"{first} · {said}")
-        return io.NodeOutput(compiled, quantised)
+        return io.NodeOutput(cls.told(compiled, "compile", f"{first} · {said}"), quantised)
 
 
 class LightningNode(Lightning):
@@ -396,12 +409,7 @@ class LightningAttention(Lightning):
 
     @classmethod
     def execute(cls, model: Any, backend: str) -> Any:
-        if backend == "unchanged":
-            return io.NodeOutput(comfy_attention.drop_attention(model))
-        reason = comfy_attention.available(backend)
-        if reason is not None:
-            return cls.passed_through(reason, model)
-        return io.NodeOutput(comfy_attention.put_attention(model, backend))
+        return attending(cls, model, None if backend == "unchanged" else backend)
 
 
 class LightningCompile(Lightning):
@@ -431,8 +439,7 @@ class LightningCompile(Lightning):
     @classmethod
     def execute(cls, model: Any, dynamic: bool, backend: str) -> Any:
         compiled, said = comfy_compile.compile_blocks(model, backend=backend, dynamic=dynamic)
-        cls.say(said)
-        return io.NodeOutput(compiled)
+        return io.NodeOutput(cls.told(compiled, "compile", said))
 
 
 class LoadFluxNano(Lightning):
