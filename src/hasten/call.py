@@ -22,7 +22,7 @@ from hasten.policy import Decision
 from hasten.predict import Predictor
 from hasten.recipe import Cache
 from hasten.report import Clock, Report
-from hasten.signal import largest, mean_abs, relative_l1
+from hasten.signal import half_cosine, largest, mean_abs, relative_l1
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,14 @@ class Call:
             before = row.lane.at(seam).reference
             if now is None or before is None:
                 return None
-            relative_to = self.terms.cache.relative_to
-            changes.append(relative_l1(now[row.rows], before, relative_to=relative_to))
+            changes.append(self._distance(now[row.rows], before))
         return largest(changes)
+
+    def _distance(self, now: Tensor, before: Tensor) -> Tensor:
+        cache = self.terms.cache
+        if cache.distance == "cosine":
+            return half_cosine(now, before)
+        return relative_l1(now, before, relative_to=cache.relative_to)
 
     def _refer(self, seam: int, now: Tensor | None) -> None:
         """Keeps the signal as the next one to compare with: at once, or when this evaluation proves computed."""

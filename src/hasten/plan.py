@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hasten.anatomy import Anatomy
-from hasten.recipe import Recipe
+from hasten.recipe import TEACACHE_FLUX, Recipe
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,17 @@ def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
         return _after_blocks(recipe, anatomy, skip)
     signal = "modulated" if method == "teacache" else "none"
     return Plan((0,), end, skip, signal, {})
+
+
+def fitted_to(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:
+    """The recipe without numbers that were fitted to another family's model, and what to say of that."""
+    cache = recipe.cache
+    if cache.method != "teacache" or cache.coefficients != TEACACHE_FLUX or anatomy.family == "flux":
+        return recipe, []
+    plain = replace(recipe, cache=replace(cache, coefficients=(1.0, 0.0)))
+    return plain, [
+        "TeaCache's coefficients are fitted to FLUX.1: here changes are added up as they are, so take a lower threshold"
+    ]
 
 
 def _after_blocks(recipe: Recipe, anatomy: Anatomy, skip: frozenset[int]) -> Plan:

@@ -60,11 +60,13 @@ class Cache:
 
     Fractions (`start`, `end`) are of the run's intervals, `steps` and `every` are counted in intervals,
     sigmas are the run's own. `compare_with` says which earlier evaluation a signal is held against:
-    the last "computed" one, or the "latest" one whether computed or not.
+    the last "computed" one, or the "latest" one whether computed or not; `distance` how: the relative "l1" distance
+    (`relative_to` names its denominator), or half of one minus the "cosine", which knows no size.
     """
 
     method: str = "none"
     signal: str = "residual"
+    distance: str = "l1"
     relative_to: str = "previous"
     compare_with: str = "auto"
     threshold: float | None = None
@@ -110,6 +112,7 @@ class Cache:
     def __post_init__(self) -> None:
         _one_of("cache.method", self.method, METHODS)
         _one_of("cache.signal", self.signal, ("residual", "output"))
+        _one_of("cache.distance", self.distance, ("l1", "cosine"))
         _one_of("cache.relative_to", self.relative_to, ("previous", "current"))
         _one_of("cache.compare_with", self.compare_with, ("auto", "computed", "latest"))
         _one_of("cache.predictor", self.predictor, PREDICTORS)

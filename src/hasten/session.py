@@ -37,7 +37,7 @@ class Session:
 
     before: steps of the whole schedule that the run leaves out at its beginning, None where nobody knows.
     forgiving: a schedule that cannot be followed (it rises) is computed in full and noted instead of refused.
-    Raises ValueError for such a schedule otherwise.
+    Raises ValueError for such a schedule otherwise. remarks: what the report is to say in any case.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Session:
         before: int | None = None,
         watch: Watch | None = None,
         forgiving: bool = False,
+        remarks: Sequence[str] = (),
     ) -> None:
         cache, reason = recipe.cache, ""
         try:
@@ -60,6 +61,8 @@ class Session:
             self.timeline, plan, cache = Timeline.sorted(sigmas), plan.without_reuse(), Cache()
         self.plan, self._cache, self._followed = plan, cache, not reason
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
+        for remark in remarks:
+            self.report.note(remark)
         if reason:
             self.report.note(reason)
         elif before is None and self.timeline.sigmas[0] < WHOLE and cache.method in ("magcache", "schedule"):

@@ -26,6 +26,22 @@ def relative_l1(now: Tensor, before: Tensor, *, relative_to: str = "previous") -
     return torch.where(moved == 0, torch.zeros_like(moved), moved / scale)
 
 
+def half_cosine(now: Tensor, before: Tensor) -> Tensor:
+    """(1 - cos) / 2 of the angle between two tensors taken as one long vector each; 0-dim float32, 0 to 1.
+
+    now, before: same shape and dtype; sums are kept in float32. Two zero vectors are alike, zero and another are not.
+    Does not synchronise. Raises ValueError on unequal shapes. Source: the Sana nodes of ComfyUI-Lightning 1.3.
+    """
+    if now.shape != before.shape:
+        raise ValueError(f"tensors of shapes {tuple(now.shape)} and {tuple(before.shape)} cannot be compared.")
+    one, other = now.flatten().float(), before.flatten().float()
+    # Of their difference once both have length one: 1 - cos itself cancels to nothing below 1e-7 in float32.
+    lengths = [torch.linalg.vector_norm(v) for v in (one, other)]
+    apart = one / lengths[0].clamp_min(1e-30) - other / lengths[1].clamp_min(1e-30)
+    quarter: Tensor = torch.linalg.vector_norm(apart).square() / 4
+    return quarter
+
+
 def mean_abs(x: Tensor) -> Tensor:
     """Mean |x| as a 0-dim float32 tensor, without synchronising."""
     return x.abs().mean(dtype=torch.float32)

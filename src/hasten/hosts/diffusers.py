@@ -11,7 +11,6 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.anatomy import Anatomy, flux
 from hasten.call import Call
-from hasten.gate import Gate, gate_model
+from hasten.gate import Gate, Streams, gate_model
+from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_runs import Runs
 from hasten.lane import Watch
-from hasten.plan import make_plan
+from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
 from hasten.session import Session
@@ -33,21 +32,6 @@ from hasten.session import Session
 REPORTS = 64
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class FluxStreams:
-    """diffusers' double and single blocks alike take and give text and image apart, (B, L, C) and (B, N, C)."""
-
-    text: Tensor
-    image: Tensor
-    block: Any
-    temb: Tensor
-
-    def modulated(self) -> Tensor:
-        """The image tokens after the first double block's norm, scale and shift, (B, N, C)."""
-        normed: Tensor = self.block.norm1(self.image, emb=self.temb)[0]
-        return normed
 
 
 class Slot:
@@ -93,15 +77,15 @@ class Handle:
     def __init__(self, transformer: nn.Module, recipe: Recipe) -> None:
         self.transformer: Any = _unwrapped(transformer)  # Any: torch knows a module's own attributes as its kinds only
         self._door = transformer  # what is called: torch.compile's wrapper where there is one
-        self.recipe = recipe
-        self.plan = make_plan(recipe, anatomy_of(self.transformer))
+        self.family = family_of(self.transformer)
+        self.plan = make_plan(recipe, self.family.anatomy)
+        self.recipe, self.remarks = fitted_to(recipe, self.family.anatomy)
         self.watch: Watch | None = None
         self._finished: deque[Report] = deque(maxlen=REPORTS)
         self._session: Session | None = None
         self._awaited: Callable[[], Session] | None = None
         self._sigma: Callable[[], float | None] = lambda: None
         self.about_to_call: Callable[[], None] = lambda: None
-        self._noise: tuple[Tensor, int] | None = None
         self._call: Call | None = None
         self._outside: Report | None = None
         self._slots: list[Slot] = []
@@ -133,7 +117,9 @@ class Handle:
         Raises ValueError when the sigmas do not fall.
         """
         self.end()
-        self._session = Session(self.recipe, self.plan, [float(s) for s in sigmas], watch=self.watch)
+        self._session = Session(
+            self.recipe, self.plan, [float(s) for s in sigmas], watch=self.watch, remarks=self.remarks
+        )
         self._begun()
         try:
             yield self
@@ -163,7 +149,15 @@ class Handle:
 
         def awaited() -> Session:
             schedule = sigmas()
-            return Session(self.recipe, self.plan, schedule, before=before(), watch=self.watch, forgiving=True)
+            return Session(
+                self.recipe,
+                self.plan,
+                schedule,
+                before=before(),
+                watch=self.watch,
+                forgiving=True,
+                remarks=self.remarks,
+            )
 
         self._awaited, self._sigma = awaited, sigma
 
@@ -175,7 +169,7 @@ class Handle:
     def end(self) -> None:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
         session, self._session, self._awaited, self._call = self._session, None, None, None
-        self._noise = None
+        self.family.end()
         self._sigma = lambda: None
         if session is not None:
             report = session.close()
@@ -190,8 +184,7 @@ class Handle:
         slot.take(gated)
         if self._compiled_whole() or (not self.plan.seams and not self.plan.skip):
             return
-        blocks = [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(self.family.blocks):
             slot = Slot(block)
             self._slots.append(slot)
             slot.take(self._gated_block(slot, Gate(index)))
@@ -225,9 +218,9 @@ class Handle:
             x, timestep = given["hidden_states"], given["timestep"]
             known = self._sigma()
             self._call = call = session.enter(
-                [session.identity(given.get("encoder_hidden_states"))],
+                [session.identity(self.family.condition(given))],
                 x,
-                sigma=float(timestep.flatten()[0]) if known is None else known,
+                sigma=self.family.sigma(float(timestep.flatten()[0])) if known is None else known,
                 rounded_in=timestep.dtype if known is None else torch.float32,
             )
             if self._compiled_whole() and (self.plan.seams or self.plan.skip):
@@ -249,34 +242,24 @@ class Handle:
         return forward
 
     def _whole(self, call: Call, given: Mapping[str, Any], run: Callable[[], Any]) -> Any:
-        """The model as one span: what it gives out for the noise tokens, read off their noise channels.
-
-        Fill and control models take more channels in than they give out; Kontext has its reference picture's tokens
-        behind the noise, and its pipeline drops what comes out for them: a stand-in has zeros there.
-        """
+        """The model as one span: what it gives out for the noise."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        x, ids = given["hidden_states"], given.get("img_ids")
-        channels = self.transformer.config.out_channels or self.transformer.config.in_channels
-        tokens = x.shape[1]
-        if ids is not None:
-            if self._noise is None or self._noise[0] is not ids:
-                self._noise = ids, _noise_tokens(ids, tokens)
-            tokens = self._noise[1]
+        noise = self.family.noise(given)
         computed: list[Any] = []
 
         def noise_of_run() -> Tensor:
             computed.append(run())
-            return _sample(computed[0])[:, :tokens]
+            return self.family.cut(_sample(computed[0]), noise)
 
-        sample = gate_model(call, x[:, :tokens, :channels], noise_of_run)
+        sample = gate_model(call, noise, noise_of_run)
         if computed:
             return computed[0]
-        sample = torch.nn.functional.pad(sample, (0, 0, 0, x.shape[1] - tokens))
+        sample = self.family.whole(sample, given)
         return Transformer2DModelOutput(sample=sample) if given.get("return_dict", True) else (sample,)
 
     def _gated_block(self, slot: Slot, gate: Gate) -> Callable[..., Any]:
-        block = slot.module
+        block, family = slot.module, self.family
         names = list(inspect.signature(_unwrapped(block).forward).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -284,14 +267,12 @@ class Handle:
             if call is None:
                 return slot.inner(*args, **kwargs)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
-            streams = FluxStreams(given["encoder_hidden_states"], given["hidden_states"], block, given["temb"])
+            streams = family.streams(block, given)
 
-            def run() -> FluxStreams:
-                text, image = slot.inner(*args, **kwargs)
-                return replace(streams, text=text, image=image)
+            def run() -> Streams:
+                return family.after(streams, slot.inner(*args, **kwargs))
 
-            after = gate(call, streams, run, lambda image: replace(streams, image=image))
-            return after.text, after.image
+            return family.returned(gate(call, streams, run, lambda image: family.with_image(streams, image)))
 
         return forward
 
@@ -307,9 +288,11 @@ class Accelerated:
     def __init__(self, pipe: Any, recipe: Recipe) -> None:
         for name in ("transformer", "scheduler"):
             if getattr(pipe, name, None) is None:
-                raise ValueError(f"{type(pipe).__name__} has no {name}: a FLUX pipeline of diffusers is expected.")
+                raise ValueError(
+                    f"{type(pipe).__name__} has no {name}: a FLUX or Sana pipeline of diffusers is expected."
+                )
         # Says now what is wrong with the recipe, not in the middle of a picture.
-        make_plan(recipe, anatomy_of(_unwrapped(pipe.transformer)))
+        make_plan(recipe, family_of(_unwrapped(pipe.transformer)).anatomy)
         self.pipe, self.recipe = pipe, recipe
         self.watch: Watch | None = None
         self._handle: Handle | None = None
@@ -361,9 +344,9 @@ class Accelerated:
 def accelerate(pipe: Any, recipe: RecipeLike = "balanced") -> Accelerated:
     """A context in which `pipe`'s calls follow `recipe`; its `.report` and `.reports` say what happened.
 
-    pipe: any FLUX pipeline of diffusers (text-to-image, img2img, inpaint, fill, Kontext, control, ControlNet).
-    recipe: a shipped name, a file, a dict, a Recipe, or "none". Raises ValueError in one sentence when the pipeline
-    is no FLUX or the recipe does not fit it.
+    pipe: any FLUX pipeline of diffusers (text-to-image, img2img, inpaint, fill, Kontext, control, ControlNet) or Sana
+    pipeline (Sana, Sprint, image-to-image, ControlNet). recipe: a shipped name, a file, a dict, a Recipe, or "none".
+    Raises ValueError in one sentence when the pipeline is neither or the recipe does not fit it.
     """
     return Accelerated(pipe, Recipe.load(recipe))
 
@@ -371,20 +354,10 @@ def accelerate(pipe: Any, recipe: RecipeLike = "balanced") -> Accelerated:
 def apply(transformer: nn.Module, recipe: RecipeLike = "balanced") -> Handle:
     """Applies `recipe` to a bare transformer; reuse happens only inside `with handle.run(sigmas)`.
 
-    Raises ValueError when the model is no FLUX, is accelerated already, or lacks blocks that the recipe names.
+    Raises ValueError when the model is no FLUX and no Sana, is accelerated already, or lacks blocks that the recipe
+    names.
     """
     return Handle(transformer, Recipe.load(recipe))
-
-
-def anatomy_of(transformer: Any) -> Anatomy:
-    """The anatomy of a diffusers FLUX transformer. Raises ValueError for any other model."""
-    from diffusers import FluxTransformer2DModel
-
-    if not isinstance(transformer, FluxTransformer2DModel):
-        raise ValueError(
-            f"{type(transformer).__name__} is not a model that hasten knows: a FluxTransformer2DModel is expected."
-        )
-    return flux(len(transformer.transformer_blocks), len(transformer.single_transformer_blocks))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -396,14 +369,3 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def _sample(out: Any) -> Tensor:
     sample: Tensor = out[0] if isinstance(out, tuple) else out.sample
     return sample
-
-
-def _noise_tokens(ids: Tensor, count: int) -> int:
-    """How many of `count` image tokens are noise: Kontext's reference tokens follow them, with 1 on the first axis.
-
-    ids: (N, 3) or (B, N, 3). One read of the device.
-    """
-    first = ids.reshape(-1, ids.shape[-2], ids.shape[-1])[0, :, 0]
-    of_noise = (first == 0).tolist()
-    leading = of_noise.index(False) if False in of_noise else count
-    return leading if 0 < leading < count and not any(of_noise[leading:]) else count

@@ -7,6 +7,7 @@ leaves, in whatever order they do.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -99,7 +100,7 @@ class Runs:
         @functools.wraps(inner)
         def step(*args: Any, **kwargs: Any) -> Any:
             out = inner(*args, **kwargs)
-            over = (position(self.scheduler) or 0) >= len(self.scheduler.timesteps)
+            over = (position(self.scheduler) or 0) >= steps_of(self.scheduler)
             for listener in list(self._listeners):
                 listener.move_on()
                 if over:
@@ -112,10 +113,26 @@ class Runs:
 def scheduler_sigmas(scheduler: Any) -> list[float]:
     """The schedule of a run, the final sigma included; one read of the device at the run's beginning."""
     sigmas = getattr(scheduler, "sigmas", None)
+    if _counts_angles(scheduler):
+        angles = [min(t, math.pi / 2) for t in scheduler.timesteps.tolist()]  # float32 ends a hair above
+        return [math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles]
     if sigmas is None:
         train_steps = scheduler.config.num_train_timesteps
         return [*(t / train_steps for t in scheduler.timesteps.tolist()), 0.0]
     return [float(s) for s in sigmas.tolist()]
+
+
+def steps_of(scheduler: Any) -> int:
+    """How many steps a whole run along the scheduler's timesteps makes."""
+    return len(scheduler.timesteps) - _counts_angles(scheduler)
+
+
+def _counts_angles(scheduler: Any) -> bool:
+    """Whether its timesteps are TrigFlow's angles, the final one among them (SCM, Sana Sprint).
+
+    x = cos(t) data + sin(t) noise is, but for its length, a flow's point at sigma = sin(t) / (sin(t) + cos(t)).
+    """
+    return dict(getattr(scheduler, "config", {})).get("prediction_type") == "trigflow"
 
 
 def position(scheduler: Any) -> int | None:
