@@ -3,7 +3,8 @@
     python benchmarks/flux_nano.py
 
 rewrites results/flux_nano.csv and results/flux_nano.png. Pictures may be drawn on one machine and seconds taken on
-another (`--part pictures` on a GPU, then `--part seconds` on a CPU): each rewrites its own columns, the other's stay.
+another (`--part pictures` on a GPU, then `--part seconds` on a CPU): each rewrites its own columns, the other's stay;
+--take FILE writes a part from the lines that the other machine left in .cache.
 --resume continues an interrupted run, --only PATTERN measures some rows again and keeps the others, --quick is a small
 run into .cache/quick that proves nothing. How each column is measured is written in NOTES.md.
 """
@@ -15,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,13 @@ def main() -> None:
         studio = Studio(settings)
         measure_rows(plan, studio, pending(plan, rows_of(given, given.peers)), references(plan, studio))
         return
+    every = rows_of(given, None)
+    if given.take:
+        write(plan, every, finished(given.take), given)
+        return
     if not given.resume:
         plan.partial.unlink(missing_ok=True)
     studio = Studio(settings)
-    every = rows_of(given, None)
     say_estimate(studio, plan, every)
     drawn = references(plan, studio)
     measure_rows(plan, studio, pending(plan, [row for row in every if not row.process]), drawn)
@@ -62,12 +66,18 @@ def main() -> None:
     for library in LIBRARIES:
         if pending(plan, rows_of(given, library)):
             run_peers(given, library)
-    write_table(plan, every, keep_others=bool(given.only))
-    measured = plot.read(folder / "flux_nano.csv")
-    plot.draw(measured, folder / "flux_nano.png")
+    write(plan, every, finished(plan.partial), given)
+
+
+def write(plan: Plan, rows: Sequence[Row], done: Mapping[str, dict[str, Any]], given: argparse.Namespace) -> None:
+    """The CSV, its plot, and the README's table."""
+    file = plan.folder / "flux_nano.csv"
+    write_table(plan, rows, done, keep_others=bool(given.only) or given.part != "both")
+    measured = plot.read(file)
+    plot.draw(measured, file.with_suffix(".png"))
     if not given.quick:
         tables.rewrite("flux_nano", *recipe_table(measured))
-    print(f"wrote {folder / 'flux_nano.csv'} and {folder / 'flux_nano.png'}")
+    print(f"wrote {file} and {file.with_suffix('.png')}")
 
 
 def arguments() -> argparse.Namespace:
@@ -82,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="rounding in bfloat16 would hide what is to be compared")
     parser.add_argument("--part", choices=("both", "pictures", "seconds"), default="both")
+    parser.add_argument("--take", type=Path, help="write the table from lines that another machine left in .cache")
     parser.add_argument("--quick", action="store_true", help="4 prompts, 1 timed, 12 steps for what is converged")
     parser.add_argument("--only", help="rows whose method/knob/predictor contains this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
@@ -119,7 +130,7 @@ def rows_of(given: argparse.Namespace, process: str | None) -> list[Row]:
 
 def pending(plan: Plan, rows: Sequence[Row]) -> list[Row]:
     """Those that the partial file lacks."""
-    done = finished(plan)
+    done = finished(plan.partial)
     return [row for row in rows if row.name not in done]
 
 
@@ -178,7 +189,7 @@ def measure_rows(
         group = rows[first : first + TIMED_TOGETHER]
         methods = [row.make(measured) for row in group]
         records: list[dict[str, Any]] = [
-            {"name": row.name, "steps": method.steps or settings.steps}
+            {"name": row.name, "steps": method.steps or settings.steps, "device": tables.device_name(settings.device)}
             for row, method in zip(group, methods, strict=True)
         ]
         if drawn is not None:

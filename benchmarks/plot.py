@@ -57,7 +57,7 @@ def draw(rows: list[dict[str, str]], file: Path) -> None:
         _draw_panel(panel, rows, across)
         panel.grid(alpha=0.25, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    where = f"{rows[0]['size']}, {steps} steps, {rows[0]['device']} {rows[0]['dtype']}"
+    where = f"{rows[0]['size']}, {steps} steps, {rows[0]['dtype']} ({rows[0]['device']})"
     panels[0].set_xlabel(f"evaluations computed (the uncached run: {steps})")
     panels[1].set_xlabel("wall clock as a share of the uncached run's, one picture at a time")
     panels[0].set_ylabel(f"PSNR against the uncached {steps}-step picture, dB (median)")

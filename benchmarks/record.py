@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import plot
 from grid import Row
 from measuring import Settings
-from tables import device_name, rounded
+from tables import rounded
 
 COLUMNS = [
     "host", "device", "dtype", "size", "steps", "batch", "method", "knob", "predictor", "evaluations", "wall_s",
@@ -33,11 +33,11 @@ class Plan:
     partial: Path
 
 
-def finished(plan: Plan) -> dict[str, dict[str, Any]]:
+def finished(partial: Path) -> dict[str, dict[str, Any]]:
     """What the partial file holds, by the row's name; a line that was cut short is left out."""
     done: dict[str, dict[str, Any]] = {}
-    if plan.partial.is_file():
-        for line in plan.partial.read_text(encoding="utf-8").splitlines():
+    if partial.is_file():
+        for line in partial.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
@@ -46,10 +46,9 @@ def finished(plan: Plan) -> dict[str, dict[str, Any]]:
     return done
 
 
-def write_table(plan: Plan, rows: Sequence[Row], *, keep_others: bool) -> None:
-    """Rewrites the CSV from the partial file: beside it first, then in its place."""
+def write_table(plan: Plan, rows: Sequence[Row], done: Mapping[str, dict[str, Any]], *, keep_others: bool) -> None:
+    """Rewrites the CSV with what is done: beside it first, then in its place."""
     file = plan.folder / "flux_nano.csv"
-    done = finished(plan)
     before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)} if file.is_file() else {}
     table = {row.name: line_of(plan, row, done[row.name], before.get(row.name, {})) for row in rows if row.name in done}
     if keep_others:
@@ -74,7 +73,7 @@ def line_of(plan: Plan, row: Row, record: dict[str, Any], before: dict[str, str]
     measured = {key: rounded(record[key], digits[key]) if key in mine else before.get(key, "") for key in digits}
     return {
         "host": "diffusers",
-        "device": device_names(plan, before.get("device", "")),
+        "device": device_names(plan, record["device"], before.get("device", "")),
         "dtype": settings.dtype,
         "size": f"{settings.width}x{settings.height}",
         "steps": record["steps"],
@@ -86,9 +85,8 @@ def line_of(plan: Plan, row: Row, record: dict[str, Any], before: dict[str, str]
     }
 
 
-def device_names(plan: Plan, before: str) -> str:
+def device_names(plan: Plan, name: str, before: str) -> str:
     """The device's name; of a table in two parts, "pictures: NAME; seconds: NAME"."""
-    name = device_name(plan.settings.device)
     if plan.pictures and plan.seconds:
         return name
     parts = dict(part.split(": ", 1) for part in before.split("; ") if ": " in part)

@@ -140,29 +140,46 @@ def test_the_table_has_exactly_the_columns_that_the_readme_names() -> None:
 
 
 def test_a_partial_file_that_was_cut_short_keeps_its_whole_lines(tmp_path: Path) -> None:
-    settings = measuring.Settings(model="nowhere")
     partial = tmp_path / "rows.jsonl"
     partial.write_text('{"name": "a", "psnr_db": 1.0}\n{"name": "b", "ps', encoding="utf-8")
-    plan = record.Plan(settings, True, True, tmp_path, partial)
-    assert list(record.finished(plan)) == ["a"]
+    assert list(record.finished(partial)) == ["a"]
 
 
 def test_a_later_measurement_of_a_row_replaces_the_earlier_one_and_keeps_the_others(tmp_path: Path) -> None:
     settings = measuring.Settings(model="nowhere")
     partial = tmp_path / "rows.jsonl"
     rows = [row for row in grid.all_rows(28) if row.method == "fewer steps"][:2]
-    figures = '"steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, "psnr_db": %s, "ssim": 0.5, '
+    figures = '"device": "here", "steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, "psnr_db": %s, "ssim": 0.5, '
     figures += '"psnr_converged_db": null, "checked": 1.0, "cache_mib": null}\n'
     lines = [f'{{"name": "{row.name}", ' + figures % psnr for row, psnr in zip(rows, ("30.0", "Infinity"), strict=True)]
     partial.write_text("".join(lines), encoding="utf-8")
     plan = record.Plan(settings, True, True, tmp_path, partial)
-    record.write_table(plan, rows, keep_others=False)
-    record.write_table(plan, rows[:1], keep_others=True)
+    record.write_table(plan, rows, record.finished(partial), keep_others=False)
+    record.write_table(plan, rows[:1], record.finished(partial), keep_others=True)
     with (tmp_path / "flux_nano.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["psnr_db"] for row in table] == ["30", "inf"]
     assert list(table[0]) == record.COLUMNS
-    assert table[0]["psnr_converged_db"] == ""
+    assert table[0]["psnr_converged_db"] == "" and table[0]["device"] == "here"
+
+
+def test_pictures_and_seconds_of_two_machines_stand_in_one_row(tmp_path: Path) -> None:
+    settings = measuring.Settings(model="nowhere")
+    rows = [row for row in grid.all_rows(28) if row.method == "fewer steps"][:1]
+    drawn = {"device": "one", "steps": 20, "evaluations": 20.0, "psnr_db": 30.0, "ssim": 0.5}
+    drawn |= {"psnr_converged_db": None, "checked": 1.0}
+    timed = {"device": "two", "steps": 20, "wall_s": 1.0, "baseline_wall_s": 2.0, "cache_mib": None}
+    name = rows[0].name
+    record.write_table(
+        record.Plan(settings, True, False, tmp_path, tmp_path / "a"), rows, {name: drawn}, keep_others=False
+    )
+    record.write_table(
+        record.Plan(settings, False, True, tmp_path, tmp_path / "b"), rows, {name: timed}, keep_others=True
+    )
+    with (tmp_path / "flux_nano.csv").open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    assert row["device"] == "pictures: one; seconds: two"
+    assert (row["psnr_db"], row["wall_s"], row["evaluations"]) == ("30", "1", "20")
 
 
 @pytest.mark.slow
