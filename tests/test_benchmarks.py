@@ -149,7 +149,8 @@ def test_a_later_measurement_of_a_row_replaces_the_earlier_one_and_keeps_the_oth
     settings = measuring.Settings(model="nowhere")
     partial = tmp_path / "rows.jsonl"
     rows = [row for row in grid.all_rows(28) if row.method == "fewer steps"][:2]
-    figures = '"device": "here", "steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, "psnr_db": %s, "ssim": 0.5, '
+    figures = '"device": "here", "steps": 20, "evaluations": 20.0, "wall_s": 1.0, "baseline_wall_s": 2.0, '
+    figures += '"psnr_db": %s, "ssim": 0.5, '
     figures += '"psnr_converged_db": null, "checked": 1.0, "cache_mib": null}\n'
     lines = [f'{{"name": "{row.name}", ' + figures % psnr for row, psnr in zip(rows, ("30.0", "Infinity"), strict=True)]
     partial.write_text("".join(lines), encoding="utf-8")
