@@ -1,0 +1,197 @@
+"""Attention in 8 bits: q k^T in int8, P V in e4m3 or 16 bits, any length, head sizes 64 and 128.
+
+Floor, for B 1, H 24, D 128, after `eight.prepare`: 4 N^2 H D products, 0.26 T at N = 4608, 132 us at an H200's
+1979 T/s for 8 bits; the N^2 H exponentials take 137 us at 16 a clock on each of 132 multiprocessors, so the two must
+overlap, and half of the exponentials are read off a straight line (see attention8_triton.py).
+
+Each block's P V is added up in float32 by itself, because the tensor cores keep only some 13 bits of an e4m3 sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hasten.kernels.chosen import Chosen, choose
+from hasten.kernels.eight import BLOCK, Eight, prepare
+
+
+def attention8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, fp8: bool = True) -> Tensor:
+    """softmax(q k^T scale) v, (B, H, N, D) of q's dtype; q, k, v of that shape, half precision, N at least 1.
+
+    fp8: P and V in e4m3 (compute capability 8.9 and above), else in q's dtype. Differentiable it is not.
+    """
+    out: Tensor = torch.ops.hasten.attention8(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, fp8)
+    return out.transpose(1, 2)
+
+
+def attention8_sparse(
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
+    topk: bool = True, text_rows: int = 0, scale: float | None = None, fp8: bool = True,
+) -> Tensor:  # fmt: skip
+    """The same over the blocks of keys that `chosen.choose` takes; keep, alike and skip_below (H,) float32."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = torch.ops.hasten.attention8_sparse(q, k, v, keep, alike, skip_below, topk, text_rows, scale, fp8)
+    return out.transpose(1, 2)
+
+
+@torch.library.custom_op("hasten::attention8", mutates_args=())
+def _attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool) -> Tensor:
+    q, k, v = (_dense(t) for t in (q, k, v))
+    with _on(q):
+        eight = prepare(q, k, v, scale=scale, fp8=fp8)
+        if fp8 and q.is_cuda and _hopper_works(q.device, q.shape[-1]):
+            return attend_hopper(eight, q.dtype)
+        return attend_plain(eight, v, q.dtype, tma=fp8 and _has_tma(q.device))
+
+
+@torch.library.custom_op("hasten::attention8_sparse", mutates_args=())
+def _attention8_sparse(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, alike: Tensor, skip_below: Tensor | None, topk: bool,
+    text_rows: int, scale: float, fp8: bool,
+) -> Tensor:  # fmt: skip
+    q, k, v = (_dense(t) for t in (q, k, v))
+    with _on(q):
+        eight = prepare(q, k, v, scale=scale, fp8=fp8, means=True)
+        chosen = choose(eight, keep=keep, alike=alike, topk=topk, text_rows=text_rows)
+        tma = fp8 and skip_below is None and _has_tma(q.device)
+        return attend_plain(eight, v, q.dtype, chosen=chosen, skip_below=skip_below, tma=tma)
+
+
+def _like(q: Tensor, *others: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], q.shape[3]))
+
+
+_attention8.register_fake(_like)
+_attention8_sparse.register_fake(_like)
+
+
+def attend_plain(
+    eight: Eight, v: Tensor, dtype: torch.dtype, *, chosen: Chosen | None = None, skip_below: Tensor | None = None,
+    rows: int = 64, keys: int = 128, warps: int = 4, stages: int = 2, tma: bool = False, lines: bool = True,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T) v by the plain kernel, (B, N, H, D) of `dtype`. v: (B, H, N, D), read where eight.v is None.
+
+    chosen: the blocks of keys to attend to; skip_below (H,): see the kernel. lines: half of the exponentials by the
+    straight line between powers of two, within e4m3's own rounding.
+    """
+    assert chosen is None or keys == BLOCK
+    dim = eight.q.shape[2]
+    out = torch.empty((eight.batch, eight.rows, eight.heads, dim), device=eight.q.device, dtype=dtype)
+    fp8 = eight.v is not None
+    q8, k8, v8 = eight.q, eight.k, v if eight.v is None else eight.v
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        q8 = TensorDescriptor.from_tensor(q8.view(-1, dim), [rows, dim])
+        k8 = TensorDescriptor.from_tensor(k8.view(-1, dim), [keys, dim])
+        v8 = TensorDescriptor.from_tensor(v8.view(-1, eight.padded), [dim, keys])
+    listed, count = (eight.q_scale, eight.q_scale) if chosen is None else (chosen.listed, chosen.count)
+    _kernels().attend[((eight.rows + rows - 1) // rows, eight.batch * eight.heads)](
+        q8, eight.q_scale, k8, eight.k_scale, v8, eight.v_scale if fp8 else eight.q_scale, listed, count,
+        eight.q_scale if skip_below is None else skip_below, out,
+        v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(2), out.stride(1),
+        eight.heads, eight.rows, eight.padded,
+        D=dim, M=rows, N=keys, FP8=fp8, LINES=lines, TAIL=eight.rows % keys != 0, TMA=tma, SPARSE=chosen is not None,
+        SKIP=skip_below is not None, STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def attend_hopper(
+    eight: Eight, dtype: torch.dtype, *, stages: int = 3, lines: int = 1, bits: bool = True, cut: bool = True
+) -> Tensor:
+    """The same in e4m3 by the Hopper kernel."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from hasten.kernels import attention8_hopper
+
+    assert eight.v is not None
+    dim, own, keys = eight.q.shape[2], 64, BLOCK
+    device = eight.q.device
+    out = torch.empty((eight.batch, eight.rows, eight.heads, dim), device=device, dtype=dtype)
+    flat = NVMMASharedLayout(swizzle_byte_width=dim, element_bitwidth=8, rank=2)
+    turned = NVMMASharedLayout(swizzle_byte_width=keys, element_bitwidth=8, rank=2)
+    row_blocks = (eight.rows + 3 * own - 1) // (3 * own)
+    key_blocks = eight.padded // keys
+    tiles = row_blocks * eight.batch * eight.heads
+    programs = _multiprocessors(device)
+    # A last round that is not full is cut along the keys, so that every multiprocessor has a share of it.
+    rest = tiles % programs
+    splits = min(programs // rest, key_blocks, 4) if rest and cut else 1
+    whole = tiles - rest if splits > 1 else tiles
+    items = whole + (tiles - whole) * splits
+    cut_rows = max(1, (items - whole) * 3 * own)
+    cut_out = torch.empty(cut_rows * (dim + 1), device=device, dtype=torch.float32)
+    cut_lse = cut_out[cut_rows * dim :]
+    at_out = (out.stride(0), out.stride(2), out.stride(1))
+    attention8_hopper.attend[(min(items, programs),)](
+        TensorDescriptor.from_tensor(eight.q.view(-1, dim), [own, dim], flat),
+        TensorDescriptor.from_tensor(eight.k.view(-1, dim), [keys, dim], flat),
+        TensorDescriptor.from_tensor(eight.v.view(-1, eight.padded), [dim, keys], turned),
+        eight.q_scale, eight.k_scale, eight.v_scale, out, cut_out, cut_lse, *at_out,
+        eight.heads, eight.rows, eight.padded, row_blocks, items, whole, splits, key_blocks,
+        D=dim, M=own, N=keys, STAGES=stages, TAIL=eight.rows % keys != 0, LINES=lines, BITS=bits, REGISTERS=160,
+        num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        attention8_hopper.join_cut[(rest, 6)](
+            cut_out, cut_lse, out, *at_out, eight.heads, eight.rows, row_blocks, whole, splits,
+            D=dim, TILE=3 * own, R=32, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@functools.cache
+def _hopper_works(device: torch.device, dim: int) -> bool:
+    """Whether the Gluon kernel compiles here and agrees with the plain one; asked once for a device and head size."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    q, k, v = torch.randn(3, 1, 2, 300, dim, device=device, dtype=torch.float16)
+    eight = prepare(q, k, v)
+    try:
+        found = attend_hopper(eight, q.dtype).float()
+    except Exception as error:  # Gluon is experimental and has no common class for its refusals
+        logging.getLogger("hasten").warning("the Hopper kernel cannot be used, the plain one is (%s)", _first(error))
+        return False
+    plain = attend_plain(eight, v, q.dtype, lines=False).float()
+    # Lines against exact exponentials differ by some hundredths; a wrong result is off by 1.
+    return bool((found - plain).abs().mean() < 0.1 * plain.abs().mean())
+
+
+def _first(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t itself where its rows are dense and its strides keep the vectors' 16 bytes, else a copy."""
+    fits = t.stride(-1) == 1 and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+    return t if fits else t.contiguous()
+
+
+def _on(q: Tensor) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _kernels() -> Any:
+    from hasten.kernels import attention8_triton
+
+    return attention8_triton

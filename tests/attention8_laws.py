@@ -1,0 +1,174 @@
+"""What must hold of the 8-bit kernels, on any device; test_attention8.py runs these interpreted and compiled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hasten.kernels.attention8 import attend_plain, attention8, attention8_sparse
+from hasten.kernels.chosen import choose
+from hasten.kernels.eight import BLOCK, Norm, Rope, prepare
+
+
+def near_enough(device: str, fp8: bool) -> float:
+    """The mean error over the mean size that is allowed. Triton's interpreter cuts e4m3 off where a GPU rounds."""
+    return 0.03 if not fp8 else 0.06 if device == "cuda" else 0.12
+
+
+def noise(device: str, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half().to(device)
+
+
+def qkv(device: str, rows: int, dim: int = 64, heads: int = 2, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, with outlying channels in K as trained models have them."""
+    q, k, v = (noise(device, batch, heads, rows, dim, seed=i) for i in range(3))
+    k[..., 3] += 9.0
+    k[..., 40] -= 5.0
+    return q, k, v
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    assert found.shape == exact.shape and bool(torch.isfinite(found).all())
+    return float((found.float() - exact.float()).abs().sum() / exact.float().abs().sum())
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+
+
+def int8_scores_are_their_exact_emulation(device: str) -> None:
+    q, k, v = qkv(device, 200)
+    eight = prepare(q, k, v, fp8=False)
+    q8, k8 = (t[:, :200].double() for t in (eight.q, eight.k))
+    step = eight.k_scale.view(2, -1).repeat_interleave(BLOCK, 1)[:, None, :200].double()
+    score = q8 @ k8.mT * step * eight.q_scale.view(2, -1)[:, :200, None].double()
+    weight = torch.softmax(score * math.log(2), -1)
+    found = attend_plain(eight, v, torch.float16).transpose(1, 2)
+    # What is left is P's and the result's rounding to float16.
+    assert error(found[0], weight @ v[0].double()) < 2e-3
+
+
+def a_constant_on_every_key_changes_nothing(device: str) -> None:
+    q, k, v = qkv(device, 130)
+    shift = 4.0 * noise(device, 64, seed=9)
+    plain, shifted = (attention8(q, keys, v, fp8=False) for keys in (k, k + shift))
+    assert error(shifted, exactly(q, k, v)) < 1.5 * error(plain, exactly(q, k, v)) + 1e-3
+
+
+def any_length_and_head_size_comes_near_float32(device: str) -> None:
+    for rows, dim in ((1, 64), (77, 128), (128, 64), (257, 128)):
+        for fp8 in (True, False):
+            q, k, v = qkv(device, rows, dim, batch=2)
+            assert error(attention8(q, k, v, fp8=fp8), exactly(q, k, v)) < near_enough(device, fp8), (rows, dim, fp8)
+
+
+def strides_are_read_in_place(device: str) -> None:
+    packed = noise(device, 1, 130, 3, 2, 64)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    apart = attention8(q.contiguous(), k.contiguous(), v.contiguous())
+    assert torch.equal(attention8(q, k, v), apart)
+    odd = noise(device, 1, 2, 130, 65)[..., :64]  # rows that begin between two 16-byte words
+    assert torch.equal(attention8(odd, odd, odd), attention8(*[odd.contiguous()] * 3))
+
+
+def norm_rotation_and_two_streams_are_taken_on_the_way(device: str) -> None:
+    q, k, v = qkv(device, 200)
+    gains = [noise(device, 64, seed=i) * 0.1 + 1.0 for i in range(4)]
+    turn = noise(device, 200, 32, seed=5).float()
+    cos, sin = turn.cos(), turn.sin()
+
+    def normed(x: Tensor, image: Tensor, text: Tensor) -> Tensor:
+        x = x.float()
+        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+        x = torch.cat((x[:, :, :50] * text.float(), x[:, :, 50:] * image.float()), 2)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+    exact = exactly(normed(q, gains[0], gains[2]), normed(k, gains[1], gains[3]), v)
+    text, image = ([t[:, :, part] for t in (q, k, v)] for part in (slice(0, 50), slice(50, None)))
+    for rope in (Rope(cos, sin), Rope(cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1))):
+        eight = prepare(
+            *image, text=(text[0], text[1], text[2]), norm=Norm(gains[0], gains[1], 1e-6, gains[2], gains[3]), rope=rope
+        )
+        found = attend_plain(eight, v, torch.float16).transpose(1, 2)
+        assert error(found, exact) < near_enough(device, True)
+
+
+def clustered(device: str, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks whose rows resemble each other, as an image's do."""
+    q, k, v = (noise(device, 1, 2, rows, 64, seed=i) for i in range(3))
+    for first in range(0, rows, BLOCK):
+        q[:, :, first : first + BLOCK] += noise(device, 1, 2, 1, 64, seed=100 + first)
+        k[:, :, first : first + BLOCK] += noise(device, 1, 2, 1, 64, seed=200 + first)
+    return q, k, v
+
+
+def whole(device: str, value: float) -> Tensor:
+    return torch.full((2,), value, device=device)
+
+
+def keeping_every_block_is_dense(device: str) -> None:
+    q, k, v = clustered(device, 300)
+    sparse = attention8_sparse(q, k, v, keep=whole(device, 1.0), alike=whole(device, -1.0))
+    assert torch.equal(sparse, attend_plain(prepare(q, k, v), v, q.dtype).transpose(1, 2)) or error(
+        sparse, exactly(q, k, v)
+    ) < near_enough(device, True)
+
+
+def taken(device: str, rows: int, *, keep: float, alike: float, topk: bool, text_rows: int) -> Tensor:
+    """The mask of blocks, (H, blocks, blocks)."""
+    q, k, v = clustered(device, rows)
+    eight = prepare(q, k, v, means=True)
+    chosen = choose(eight, keep=whole(device, keep), alike=whole(device, alike), topk=topk, text_rows=text_rows)
+    blocks = chosen.count.shape[1]
+    mask = torch.zeros(2, blocks, blocks, dtype=torch.bool, device=device)
+    for head in range(2):
+        for block in range(blocks):
+            mask[head, block, chosen.listed[head, block, : chosen.count[head, block]].long()] = True
+    return mask
+
+
+def chosen_blocks_are_sdpa_with_the_expanded_mask(device: str) -> None:
+    for rows, topk, keep in ((640, True, 0.4), (600, False, 0.5)):
+        q, k, v = clustered(device, rows)
+        mask = taken(device, rows, keep=keep, alike=-1.0, topk=topk, text_rows=100)
+        assert 0.2 < mask.float().mean() < 0.9
+        expanded = mask.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[None, :, :rows, :rows]
+        found = attention8_sparse(
+            q, k, v, keep=whole(device, keep), alike=whole(device, -1.0), topk=topk, text_rows=100
+        )
+        assert error(found, exactly(q, k, v, expanded)) < near_enough(device, True)
+
+
+def text_is_always_on_and_blocks_unlike_themselves_too(device: str) -> None:
+    mask = taken(device, 640, keep=0.2, alike=-1.0, topk=True, text_rows=130)
+    assert bool(mask[:, :2].all()) and bool(mask[:, :, :2].all())
+    assert mask[:, 2:].sum(-1).max() <= 3  # the text's two blocks and the one that was asked for
+    assert bool(taken(device, 640, keep=0.2, alike=0.999, topk=True, text_rows=0).all())
+
+
+def the_weight_to_keep_is_kept_to(device: str) -> None:
+    q, k, v = clustered(device, 640)
+    means = prepare(q, k, v, means=True).means
+    assert means is not None
+    share = torch.softmax(means.q @ means.k.mT / 8.0, -1)
+    for keep in (0.3, 0.9):
+        mask = taken(device, 640, keep=keep, alike=-1.0, topk=False, text_rows=0)
+        kept = (share * mask).sum(-1)
+        alone = mask.sum(-1) == 1
+        assert bool((alone | (kept <= keep + 1e-3)).all())
+        heaviest_left = torch.where(mask, 0.0, share).amax(-1)
+        assert bool((kept + heaviest_left >= keep - 1e-3).all())
+
+
+def skipping_what_weighs_nothing_changes_nothing(device: str) -> None:
+    q, k, v = clustered(device, 384)
+    given = {"keep": whole(device, 1.0), "alike": whole(device, -1.0)}
+    all_of_it = attention8_sparse(q, k, v, **given)
+    careful = attention8_sparse(q, k, v, skip_below=whole(device, 50.0), **given)
+    assert error(careful, all_of_it) < 1e-3
+    # Here every block's best score lies below the row's best so far by less than 2^1, or it is left.
+    assert error(attention8_sparse(q, k, v, skip_below=whole(device, 1.0), **given), exactly(q, k, v)) < 0.2
