@@ -99,6 +99,7 @@ def calibrated_recipe(painter: FluxPainter, requests: Sequence[Request], *, prog
             generator=torch.Generator("cpu").manual_seed(first.seed),
             max_sequence_length=painter.text_tokens,
             callback_on_step_end=each_step(on_step),
+            **painter.call_options,
         )
     prompts = "1 prompt" if len(requests) == 1 else f"{len(requests)} prompts"
     words = f"MagCache's ratios of {painter.model}: {prompts}, {first.size}, {steps} steps, {painter.dtype}."

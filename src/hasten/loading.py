@@ -1,6 +1,6 @@
 """A model's name, folder or files -> a painter, with everything that can be wrong said before the long part.
 
-It knows where models lie and what a FLUX folder must hold; single files are put together in singlefiles.py.
+It knows where models lie and what a FLUX or a Sana folder must hold; single files are put together in singlefiles.py.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 
 from hasten.machine import first_line, reason_of
 from hasten.painter import FluxPainter, quiet_logs
+from hasten.painter_sana import GEMMA_WIDTH, MULTIPLE, SanaPainter
 from hasten.singlefiles import check_files, load_files
 from hasten.weights import read_header
 
 SHIPPED_MODEL = "flux-nano"
 # Those that draw from words alone with the weights of a FluxPipeline.
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
+SANA = ("SanaPipeline", "SanaSprintPipeline")
+SANA_COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 # What diffusers, transformers and torch raise for files that are broken, foreign or half there, and for packages that
 # are missing. (A broken .bin ends in the last two.)
@@ -28,6 +31,7 @@ UNLOADABLE = (
 )
 FLUX_TEXT_WIDTH = 4096  # of T5-xxl, which every FLUX.1 reads; a narrower one is a small FLUX such as flux-nano
 SMALL, LARGE = (256, 64), (1024, 512)  # pixels a side, T5 tokens
+SANA_TOKENS = 300  # of Gemma, behind the instruction
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,26 @@ def check_model(model: Model) -> None:
 
 def load_painter(model: Model, *, device: Any, dtype: Any) -> FluxPainter:
     """A painter with the model on the device, ready to draw. Raises ValueError or OSError with one sentence."""
+    import torch
+
     check_model(model)
     folder = None if model.files else _local_folder(model.name)
     with quiet_logs():
         pipe = _from_files(model, dtype) if folder is None else _from_folder(folder, dtype)
     _check_text_to_image(pipe, model)
+    if _is_sana(pipe) and dtype == torch.float16:
+        # Gemma-2 and DC-AE overflow float16: pictures would be black. The transformer does not.
+        pipe.text_encoder.to(torch.bfloat16)
+        pipe.vae.to(torch.bfloat16)
     _place(pipe, device)
     # Our own bars are drawn by the command line.
     pipe.set_progress_bar_config(disable=True)
-    return FluxPainter(pipe, model=model_label(model), text_tokens=_habits(pipe)[1])
+    kind = SanaPainter if _is_sana(pipe) else FluxPainter
+    return kind(pipe, model=model_label(model), text_tokens=_habits(pipe)[1])
 
 
 def default_side(painter: FluxPainter) -> int:
-    """How many pixels a side a picture has when no size is asked for: 256 for a small FLUX, else 1024."""
+    """How many pixels a side a picture has when no size is asked for: 256 for a small FLUX, else 1024; Sana's own."""
     return _habits(painter.pipe)[0]
 
 
@@ -91,7 +102,14 @@ def model_label(model: Model) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
+def _is_sana(pipe: Any) -> bool:
+    return type(pipe).__name__ in SANA
+
+
 def _habits(pipe: Any) -> tuple[int, int]:
+    if _is_sana(pipe):
+        config = pipe.transformer.config
+        return config.sample_size * MULTIPLE, SANA_TOKENS if config.caption_channels >= GEMMA_WIDTH else SMALL[1]
     return SMALL if pipe.transformer.config.joint_attention_dim < FLUX_TEXT_WIDTH else LARGE
 
 
@@ -127,11 +145,14 @@ def _check_folder(folder: Path) -> None:
     except (ValueError, AttributeError):
         raise ValueError(f"{index} is not valid JSON: download the model again.") from None
     _check_class(kind, str(folder))
-    for name in COMPONENTS:
+    components, family = (SANA_COMPONENTS, "Sana") if kind in SANA else (COMPONENTS, "FLUX")
+    for name in components:
         entry = listed.get(name)
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] is None or not (folder / name).is_dir():
-            raise ValueError(f"{folder} has no {name}: a FLUX model needs it; download the model again.")
+            raise ValueError(f"{folder} has no {name}: a {family} model needs it; download the model again.")
     for component in ("text_encoder", "text_encoder_2", "transformer", "vae"):
+        if component not in components:
+            continue
         _check_weights(folder / component)
 
 
@@ -154,9 +175,10 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_class(kind: object, where: str) -> None:
-    if kind not in TEXT_TO_IMAGE:
+    if kind not in TEXT_TO_IMAGE + SANA:
         raise ValueError(
-            f"{where} is a {kind or 'model of unknown class'}, no FLUX that draws from text: give a FluxPipeline."
+            f"{where} is a {kind or 'model of unknown class'}, no FLUX and no Sana that draws from text: give a "
+            "FluxPipeline or a SanaPipeline."
         )
 
 
@@ -166,12 +188,12 @@ def _local_folder(name: str | None) -> Path:
     if folder is not None:
         return folder
     assert name is not None, "the shipped model is a folder"
-    from diffusers import FluxPipeline
+    from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        _check_class(FluxPipeline.load_config(name).get("_class_name"), name)
-        return Path(FluxPipeline.download(name))
+        _check_class(DiffusionPipeline.load_config(name).get("_class_name"), name)
+        return Path(DiffusionPipeline.download(name))
     except (OSError, HfHubHTTPError) as error:
         raise OSError(
             f"{name} cannot be had from the hub ({first_line(error)}): check the name, the network, and for a gated "
@@ -184,11 +206,14 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
 
     # Since 0.42 `dtype`, and a warning about `torch_dtype`; before, only the latter.
     word = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+    listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name")
+    sana = listed in SANA
     try:
-        pipeline: Any = diffusers.FluxPipeline
+        pipeline: Any = getattr(diffusers, listed) if sana else diffusers.FluxPipeline
         return pipeline.from_pretrained(folder, local_files_only=True, **{word: dtype})
     except UNLOADABLE as error:
-        raise ValueError(f"{folder} cannot be loaded as a FLUX model: {reason_of(error)}.") from error
+        family = "Sana" if sana else "FLUX"
+        raise ValueError(f"{folder} cannot be loaded as a {family} model: {reason_of(error)}.") from error
 
 
 def _from_files(model: Model, dtype: Any) -> Any:
@@ -203,6 +228,13 @@ def _from_files(model: Model, dtype: Any) -> Any:
 
 
 def _check_text_to_image(pipe: Any, model: Model) -> None:
+    if _is_sana(pipe):
+        if pipe.vae.config.latent_channels != pipe.transformer.config.in_channels:
+            raise ValueError(
+                f"{model_label(model)}'s autoencoder has {pipe.vae.config.latent_channels} channels where its "
+                f"transformer takes {pipe.transformer.config.in_channels}: they do not belong together."
+            )
+        return
     channels, latents = pipe.transformer.config.in_channels, pipe.vae.config.latent_channels
     if channels != 4 * latents:
         raise ValueError(

@@ -101,6 +101,8 @@ class FluxPainter:
         self.pipe = pipe
         self.model = model
         self.text_tokens = text_tokens
+        # What every call of the pipeline is given beside the request.
+        self.call_options: dict[str, Any] = {}
         self._device = torch.device(pipe._execution_device)
         self.device = device_words(self._device)
         self.dtype = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -115,18 +117,12 @@ class FluxPainter:
         # On the CPU, so that a seed means the same noise on every device.
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
         with torch.no_grad(), quiet_logs():
-            embeddings, pooled, _ = self.pipe.encode_prompt(
-                prompt=request.prompt,
-                prompt_2=None,
-                num_images_per_prompt=request.batch,
-                max_sequence_length=self.text_tokens,
-            )
+            words = self._words(request)
         with hasten.accelerate(self.pipe, recipe) as run:
             self._wait()
             begin = time.perf_counter()
             images = self.pipe(
-                prompt_embeds=embeddings,
-                pooled_prompt_embeds=pooled,
+                **words,
                 width=request.width,
                 height=request.height,
                 num_inference_steps=request.steps,
@@ -134,11 +130,22 @@ class FluxPainter:
                 generator=generators,
                 max_sequence_length=self.text_tokens,
                 callback_on_step_end=each_step(on_step) if on_step else None,
+                **self.call_options,
             ).images
             self._wait()
             wall_s = time.perf_counter() - begin
         assert run.report is not None, "a pipeline call always leaves a report"
         return Drawing(images, wall_s, run.report, cut)
+
+    def _words(self, request: Request) -> dict[str, Any]:
+        """The encoded prompt as the pipeline's call takes it."""
+        embeddings, pooled, _ = self.pipe.encode_prompt(
+            prompt=request.prompt,
+            prompt_2=None,
+            num_images_per_prompt=request.batch,
+            max_sequence_length=self.text_tokens,
+        )
+        return {"prompt_embeds": embeddings, "pooled_prompt_embeds": pooled}
 
     def _wait(self) -> None:
         """Waits until the device has done all that it was given."""
