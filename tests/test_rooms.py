@@ -26,7 +26,7 @@ class Room:
 DATA = ("data",)  # where shipped files lie: pathlib only
 PAPER = ("recipe", "anatomy", "moment", "plan", "policy", "predict")  # can be worked out on paper
 TENSORS = ("signal", "tokens", "attention")
-MEMORY = ("lane", "call", "session", "gate", "report")
+MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "token_gate")
 TRANSFORMS = ("quantize", "compile", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")

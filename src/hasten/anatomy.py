@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What a block of FLUX.1 is made of; hosts say how each of these is reached.
+PARTS = ("modulation", "norm", "qkv", "attention", "proj", "mlp")
+
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of equal blocks: `double` works on two streams, `single` on their concatenation."""
+    """A run of equal blocks: `double` works on two streams, `single` on their concatenation.
+
+    parts: what a host can reach inside each block. Token caching needs an "mlp" that rows can be sent through.
+    """
 
     name: str
     streams: tuple[str, ...]
     blocks: int
+    parts: tuple[str, ...] = PARTS
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,14 @@ class Anatomy:
             if stage.name == name:
                 return stage
         raise KeyError(name)
+
+    def stage_of(self, block: int) -> tuple[Stage, int]:
+        """The stage that a block lies in, and its place there, for an index counted through all stages."""
+        for stage in self.stages:
+            if block < stage.blocks:
+                return stage, block
+            block -= stage.blocks
+        raise IndexError(block)
 
     def first_of(self, name: str) -> int:
         """The index of the stage's first block, counted through all stages."""
@@ -64,4 +79,6 @@ def sana(blocks: int = 20) -> Anatomy:
     They are named as FLUX's first stage, so that recipes, skip lists and other packs' block patches count them alike;
     no block works on both joined. Source: NVlabs/Sana, sana_multi_scale.py (600M 28, 1600M 20, 4800M 60 blocks).
     """
-    return Anatomy("sana", (Stage("double", ("image", "text"), blocks), Stage("single", ("joint",), 0)))
+    # Its feed-forward looks at neighbours through a convolution: no token goes through it alone.
+    parts = tuple(part for part in PARTS if part != "mlp")
+    return Anatomy("sana", (Stage("double", ("image", "text"), blocks, parts), Stage("single", ("joint",), 0, parts)))

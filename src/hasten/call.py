@@ -44,6 +44,7 @@ class Call:
         self.terms, self.ongoing, self.rows = terms, ongoing, rows
         self.plan = terms.plan
         self.standing_in = False
+        self.refreshing = False
         self.excuse = ""
         self.clock = Clock()
         self._seam = 0
@@ -55,6 +56,10 @@ class Call:
         """Keeps a block's input because a residual is measured from it."""
         # Comfy's blocks add in place: keep a copy, not a reference.
         self._entries[block] = image.detach().clone()
+
+    def keep_seam(self, seam: int, image: Tensor) -> None:
+        """Keeps a span's input, (B, N, C), where nothing is measured or decided at it."""
+        self._kept[seam] = image.detach().clone()
 
     def arrive(self, seam: int, image: Tensor, modulated: Callable[[], Tensor] | None = None) -> None:
         """At a seam: measures, decides (or follows the evaluation's decision), and keeps the seam's input.

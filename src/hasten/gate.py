@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hasten.call import Call
+from hasten.token_gate import Parts, TokenGate
 
 
 class Streams(Protocol):
@@ -34,13 +35,20 @@ class Gate:
 
     def __init__(self, block: int) -> None:
         self.block = block
+        self._inside = TokenGate(block)
 
     @torch.compiler.disable
-    def __call__(self, call: Call, streams: S, run: Callable[[], S], replace: Callable[[Tensor], S]) -> S:
+    def __call__(
+        self, call: Call, streams: S, run: Callable[[], S], replace: Callable[[Tensor], S], parts: Parts | None = None
+    ) -> S:
         """The block's streams after it: run, passed through, or stood in for.
 
-        run: runs the block on `streams`. replace: the host's streams with the image tokens replaced.
+        run: runs the block on `streams`. replace: the host's streams with the image tokens replaced. parts: the way
+        into the block, for caches that reach inside.
         """
+        if parts is not None:
+            after: S = self._inside(call, streams, parts, run, replace)
+            return after
         plan, block = call.plan, self.block
         if not call.standing_in and block in plan.seams:
             call.arrive(block, streams.image, streams.modulated)

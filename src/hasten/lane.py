@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hasten.moment import Moment
 from hasten.policy import Decision, Policy
+
+if TYPE_CHECKING:
+    from hasten.inside import Inside
 
 
 @dataclass
@@ -31,7 +35,7 @@ class History:
         """Keeps `delta` as the newest; one at the same sigma is replaced, those beyond `window` are dropped."""
         if self.sigmas and self.sigmas[-1] == sigma:
             del self.sigmas[-1], self.deltas[-1], self.ready[-1]
-        kept, event = _moved_to_cpu(delta) if on_cpu else (delta, None)
+        kept, event = moved_to_cpu(delta) if on_cpu else (delta, None)
         self.sigmas.append(sigma)
         self.deltas.append(kept)
         self.ready.append(event)
@@ -66,7 +70,8 @@ class History:
 class Lane:
     """One trajectory: a condition at one shape, dtype and device, and one ordinal within an interval.
 
-    seen: the latest evaluation that it took part in. input, output and rate are the whole-model signal's (EasyCache).
+    seen: the latest evaluation that it took part in. input, output and rate are the whole-model signal's (EasyCache),
+    inside is what is remembered within the blocks (ToCa).
     """
 
     histories: dict[int, History] = field(default_factory=dict)
@@ -75,6 +80,7 @@ class Lane:
     input: Tensor | None = None
     output: tuple[Tensor, Tensor] | None = None
     rate: Tensor | None = None
+    inside: Inside | None = None
 
     def at(self, seam: int) -> History:
         """The history at a seam, empty when new."""
@@ -84,6 +90,7 @@ class Lane:
         """Memory of everything that this lane keeps."""
         kept = [t for history in self.histories.values() for t in history.tensors()]
         kept += [t for t in (self.input, *(self.output or ())) if t is not None]
+        kept += [] if self.inside is None else self.inside.tensors()
         return sum(t.numel() * t.element_size() for t in kept) / 2**20
 
 
@@ -114,7 +121,7 @@ class Row:
 Watch = Callable[[Moment, History, Tensor], None]
 
 
-def _moved_to_cpu(delta: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def moved_to_cpu(delta: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy in the CPU's memory, and the event after which it is whole.
 
     From a GPU into pinned memory, so that the program runs on while it is copied; where none can be had, it waits.

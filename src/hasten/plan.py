@@ -6,11 +6,11 @@ is the block before which the decision falls. The seam's input is what the stand
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from hasten.anatomy import Anatomy
-from hasten.recipe import TEACACHE_FLUX, Recipe
+from hasten.recipe import INSIDE_BLOCKS, TEACACHE_FLUX, Recipe, Tokens
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Plan:
     signal: what is measured at a seam: "none", "output", "residual", "modulated" or "model".
     entries: for each seam, the block whose input its residual is measured from.
     whole_model: the span is the model itself, embedders and final layer included (EasyCache).
+    ratios: for each block the share of its tokens that is refreshed between full evaluations; empty where nothing
+    inside blocks is remembered. doubles: how many blocks have two streams. tokens: how tokens are chosen (ToCa).
     """
 
     seams: tuple[int, ...]
@@ -30,6 +32,19 @@ class Plan:
     signal: str
     entries: dict[int, int]
     whole_model: bool = False
+    ratios: tuple[float, ...] = ()
+    doubles: int = 0
+    tokens: Tokens = field(default_factory=Tokens)
+
+    @property
+    def gated(self) -> bool:
+        """Whether blocks need gates."""
+        return bool(self.seams or self.skip or self.ratios)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether any token is refreshed between full evaluations."""
+        return any(ratio > 0.0 for ratio in self.ratios)
 
     @cached_property
     def entries_from(self) -> frozenset[int]:
@@ -38,12 +53,12 @@ class Plan:
 
     def without_reuse(self) -> Plan:
         """This plan with every block computed but those that are skipped."""
-        return replace(self, seams=(), signal="none", entries={}, whole_model=False)
+        return replace(self, seams=(), signal="none", entries={}, whole_model=False, ratios=())
 
     @property
     def idle(self) -> bool:
         """Whether no gate has anything to do."""
-        return not self.seams and not self.skip and not self.whole_model
+        return not self.gated and not self.whole_model
 
 
 def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
@@ -63,6 +78,12 @@ def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
                 "of them, or fewer."
             )
         return _after_blocks(recipe, anatomy, skip)
+    if method in INSIDE_BLOCKS:
+        # What DuCa reuses whole it remembers at block 0, as `interval` does.
+        seams = (0,) if method == "duca" else ()
+        doubles = sum(stage.blocks for stage in anatomy.stages if len(stage.streams) > 1)
+        ratios = _ratios(recipe, anatomy)
+        return Plan(seams, end, skip, "none", {}, ratios=ratios, doubles=doubles, tokens=recipe.tokens)
     signal = "modulated" if method == "teacache" else "none"
     return Plan((0,), end, skip, signal, {})
 
@@ -76,6 +97,35 @@ def fitted_to(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:
     return plain, [
         "TeaCache's coefficients are fitted to FLUX.1: here changes are added up as they are, so take a lower threshold"
     ]
+
+
+# Layers that ToCa's term was counted over in DiT-XL/2, and that its FLUX code kept.
+ORIGINAL_DEPTH = 27
+
+
+def fresh_ratio(tokens: Tokens, layer: int, layers: int, *, double: bool) -> float:
+    """The share of a layer's tokens that is refreshed: ratio x (1.5 - layer / depth) x the stage's term, 0 to 1.
+
+    layer counts from 0 within its stage of `layers`. Source: ToCa (arXiv 2410.05317), its code for FLUX.
+    """
+    depth = ORIGINAL_DEPTH if tokens.depth == "original" else max(layers - 1, 1)
+    ratio = tokens.ratio * (1.5 - layer / depth) * (tokens.double if double else tokens.single)
+    return min(max(ratio, 0.0), 1.0)
+
+
+def _ratios(recipe: Recipe, anatomy: Anatomy) -> tuple[float, ...]:
+    found = []
+    for stage in anatomy.stages:
+        if "mlp" not in stage.parts:
+            raise ValueError(
+                f"{recipe.cache.method} sends tokens through each block's MLP, and the {stage.name} blocks of this "
+                f"{anatomy.family} have none that can be reached: take fbcache or interval."
+            )
+        for layer in range(stage.blocks):
+            whole = recipe.cache.method == "modules"
+            ratio = fresh_ratio(recipe.tokens, layer, stage.blocks, double=len(stage.streams) > 1)
+            found.append(0.0 if whole else ratio)
+    return tuple(found)
 
 
 def _after_blocks(recipe: Recipe, anatomy: Anatomy, skip: frozenset[int]) -> Plan:

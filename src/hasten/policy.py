@@ -215,8 +215,13 @@ def planned(cache: Cache, timeline: Timeline) -> list[bool]:
 class Policy:
     """A rule within the common limits: first and last, start and end, consecutive hits."""
 
-    def __init__(self, cache: Cache, rule: Rule, *, needs_change: bool) -> None:
+    def __init__(
+        self, cache: Cache, rule: Rule, *, needs_change: bool, between: tuple[Decision, ...] = (Decision.REUSE,),
+        full_first: int = 0,
+    ) -> None:  # fmt: skip
+        """between: what evaluations that are not computed do, in turn. full_first: steps that are computed anyhow."""
         self.cache, self.rule, self.needs_change = cache, rule, needs_change
+        self.between, self.full_first = between, full_first
         self.hits = 0
 
     def forced(self, moment: Moment) -> str | None:
@@ -226,6 +231,8 @@ class Policy:
             return "first"
         if cache.last and moment.interval == moment.intervals - 1:
             return "last"
+        if moment.interval < self.full_first:
+            return "warm-up"
         # A step's fraction is where it begins; the slack keeps 0.1 of 30 steps from meaning step 4.
         here = moment.interval / moment.intervals
         if here < cache.start - 1e-9 or (cache.sigma_start is not None and moment.sigma > cache.sigma_start):
@@ -237,20 +244,39 @@ class Policy:
         return None
 
     def decide(self, moment: Moment, change: float | None, seam: int = 0) -> Decision:
-        """COMPUTE or REUSE for this moment, given the measured change at a seam (None: not measured)."""
-        return Decision.REUSE if self.rule.reuse(moment, change, seam) else Decision.COMPUTE
+        """What to do at this moment, given the measured change at a seam (None: not measured)."""
+        if not self.rule.reuse(moment, change, seam):
+            return Decision.COMPUTE
+        return self.between[self.hits % len(self.between)]
 
     def settled(self, moment: Moment, decision: Decision, *, forced: bool = False) -> None:
         """Told once for each evaluation what became of it."""
-        if decision is Decision.REUSE:
+        if decision is not Decision.COMPUTE:
             self.hits += 1
             return
         self.hits = 0
         self.rule.computed(moment, forced=forced)
 
 
-def make_policy(cache: Cache, seams: tuple[int, ...]) -> Policy:
-    """The policy that `cache` asks for. seams: the plan's, in order; thresholds are given to them one by one."""
+# What stands between two full evaluations, in turn.
+BETWEEN = {
+    # ToCa (arXiv 2410.05317); TaylorSeer and FORA forecast every module's output and refresh no token.
+    "toca": (Decision.PARTIAL,),
+    "modules": (Decision.PARTIAL,),
+    # DuCa (arXiv 2412.18911): conservative and aggressive steps take turns, the first after a full one conservative.
+    "duca": (Decision.PARTIAL, Decision.REUSE),
+}
+
+
+def make_policy(cache: Cache, seams: tuple[int, ...], *, full_first: int = 0) -> Policy:
+    """The policy that `cache` asks for. seams: the plan's, in order; thresholds are given to them one by one.
+
+    full_first: steps at the beginning that methods inside blocks compute in full.
+    """
+    if cache.method in BETWEEN:
+        between = BETWEEN[cache.method]
+        rule = Interval(cache.every, cache.growth)
+        return Policy(cache, rule, needs_change=False, between=between, full_first=full_first)
     if cache.method in ("fbcache", "mbcache"):
         default = cache.threshold_or_default()
         # Positional over double blocks: a seam stands after the block of its threshold.

@@ -34,7 +34,12 @@ METHODS = (
     "magcache",
     "interval",
     "schedule",
+    "toca",
+    "duca",
+    "modules",
 )
+# Those that remember what each module of a block gave out, and refresh or forecast it between full evaluations.
+INSIDE_BLOCKS = ("toca", "duca", "modules")
 PREDICTORS = ("hold", "taylor", "chebyshev", "weights")
 
 # Highest power first, as numpy.polyval takes them. Source: TeaCache4FLUX (ali-vilab/TeaCache, 2024).
@@ -176,6 +181,48 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Which tokens toca and duca refresh between full evaluations, and how what they reuse is kept.
+
+    ratio: the share of tokens, before the layer's and the stage's term. depth: the layer term falls from 1.5 to 0.5
+    over the "model"'s own blocks of a stage, or over 27 as in the "original". score: "attention" received, "value"
+    norm, "random", or "age" alone. queries: so many of them, evenly spread, tell the attention received; 0 takes all.
+    staleness: what a token gains that was left out for a whole period. spatial: what the best token of each cell of
+    `cell` x `cell` gains, a share of its own score. full_first: steps at the beginning that are computed in full.
+    memory: what is kept is in the "model"'s dtype, in "bf16", in "fp8", or in the model's dtype on the "host".
+    The defaults are those of FLUX in ToCa's code (arXiv 2410.05317), which the original ComfyUI-Lightning took over;
+    but for `depth` and `queries`, there 27 and 0.
+    """
+
+    ratio: float = 0.1
+    depth: str = "model"
+    double: float = 0.4
+    single: float = 1.6
+    score: str = "attention"
+    queries: int = 256
+    staleness: float = 0.25
+    spatial: float = 0.0
+    cell: int = 4
+    seed: int = 0
+    full_first: int = 3
+    memory: str = "model"
+
+    def __post_init__(self) -> None:
+        _between("tokens.ratio", self.ratio, 0.0, 1.0)
+        _one_of("tokens.depth", self.depth, ("model", "original"))
+        _between("tokens.double", self.double, 0.0, 100.0)
+        _between("tokens.single", self.single, 0.0, 100.0)
+        _one_of("tokens.score", self.score, ("attention", "value", "random", "age"))
+        _at_least("tokens.queries", self.queries, 0, "0 takes all of them")
+        _between("tokens.staleness", self.staleness, 0.0, 100.0)
+        _between("tokens.spatial", self.spatial, 0.0, 100.0)
+        _at_least("tokens.cell", self.cell, 1, "1 gives every token the same")
+        _at_least("tokens.seed", self.seed, 0, "it seeds the random score")
+        _at_least("tokens.full_first", self.full_first, 0, "0 leaves it to the first evaluation")
+        _one_of("tokens.memory", self.memory, ("model", "bf16", "fp8", "host"))
+
+
+@dataclass(frozen=True)
 class Skip:
     """Blocks that are never run: their input passes on unchanged. Indices count from 0."""
 
@@ -193,10 +240,18 @@ class Recipe:
     """Everything that is wanted of one model's runs; immutable, comparable, deep-copied for free."""
 
     cache: Cache = field(default_factory=Cache)
+    tokens: Tokens = field(default_factory=Tokens)
     skip: Skip = field(default_factory=Skip)
     description: str = ""
     name: str | None = field(default=None, compare=False)
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.tokens != Tokens() and self.cache.method not in INSIDE_BLOCKS:
+            raise ValueError(
+                f"[tokens] is given but cache.method is {self.cache.method}: set it to toca, duca or modules, or leave "
+                "[tokens] out."
+            )
 
     @classmethod
     def load(cls, source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
@@ -238,6 +293,7 @@ class Recipe:
                 raise ValueError(f"{key} is {data[key]!r}: a text in quotes is expected.")
         return cls(
             cache=_section("cache", data.get("cache", {}), Cache),
+            tokens=_section("tokens", data.get("tokens", {}), Tokens),
             skip=_section("skip", data.get("skip", {}), Skip),
             description=data.get("description", ""),
             name=data.get("name"),
@@ -250,7 +306,7 @@ class Recipe:
             out["name"] = self.name
         if self.description:
             out["description"] = self.description
-        for section in ("cache", "skip"):
+        for section in ("cache", "tokens", "skip"):
             changed = _changed(getattr(self, section))
             if changed:
                 out[section] = changed

@@ -57,8 +57,13 @@ class Report:
 
     @property
     def computed(self) -> int:
-        """How many evaluations ran the blocks."""
-        return sum(e.decision != "reuse" for e in self.evaluations)
+        """How many evaluations ran the blocks in full."""
+        return sum(e.decision == "compute" for e in self.evaluations)
+
+    @property
+    def partial(self) -> int:
+        """How many evaluations refreshed or forecast what is inside the blocks."""
+        return sum(e.decision == "partial" for e in self.evaluations)
 
     @property
     def reused(self) -> int:
@@ -100,7 +105,9 @@ class Report:
     def line(self) -> str:
         """The run in one line, such as `computed 12 of 28 · about 2.1x · cache 28.0 MiB`."""
         parts = [f"computed {self.computed} of {len(self.evaluations)}"]
-        if self.reused:
+        if self.partial:
+            parts[0] += f", {self.partial} in part"
+        if self.reused or self.partial:
             if self.timed:
                 parts.append(f"about {self.estimated_speedup:.1f}x")
             parts.append(f"cache {self.cache_mib:.1f} MiB")
@@ -126,6 +133,7 @@ class Report:
             "recipe": self.recipe,
             "evaluations": [e.to_dict() for e in self.evaluations],
             "computed": self.computed,
+            "partial": self.partial,
             "reused": self.reused,
             "wall_s": self.wall_s,
             "cache_mib": self.cache_mib,

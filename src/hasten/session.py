@@ -186,7 +186,9 @@ class Session:
         self._drop_unseen(moment.index, conditions)
         policy = self._policies.get(ordinal)
         if policy is None:
-            policy = self._policies[ordinal] = make_policy(self._cache, self.plan.seams)
+            policy = self._policies[ordinal] = make_policy(
+                self._cache, self.plan.seams, full_first=self.plan.tokens.full_first
+            )
         self._ongoing = Ongoing(moment, policy, sigma, entry=interval)
         return self._ongoing
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hasten.call import Call
 from hasten.gate import Gate, Streams, gate_model
 from hasten.hosts.diffusers_families import family_of
+from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
@@ -51,6 +52,10 @@ class Slot:
         """What calling the module would do without us: its compiled call when it has one."""
         return (self._before or self.module._call_impl)(*args, **kwargs)
 
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """What calling the module would do without us and without its compiled call."""
+        return self.module._call_impl(*args, **kwargs)
+
     def take(self, gated: Callable[..., Any]) -> None:
         """Puts `gated` in the way of every call of the module."""
         self._gated = gated
@@ -79,6 +84,7 @@ class Handle:
         self._door = transformer  # what is called: torch.compile's wrapper where there is one
         self.family = family_of(self.transformer)
         self.plan = make_plan(recipe, self.family.anatomy)
+        self.insides = Insides(self.transformer, self.plan) if self.plan.ratios else None
         self.recipe, self.remarks = fitted_to(recipe, self.family.anatomy)
         self.watch: Watch | None = None
         self._finished: deque[Report] = deque(maxlen=REPORTS)
@@ -89,6 +95,11 @@ class Handle:
         self._call: Call | None = None
         self._outside: Report | None = None
         self._slots: list[Slot] = []
+        if self.plan.ratios and getattr(self.transformer, "is_cache_enabled", False):
+            raise ValueError(
+                f"diffusers' own cache is enabled on this transformer, and {recipe.cache.method} reaches into the same "
+                "blocks: call transformer.disable_cache() first."
+            )
         if any(hasattr(m._compiled_call_impl, "hasten_handle") for m in (self.transformer, self._door)):
             raise ValueError(
                 "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
@@ -132,6 +143,8 @@ class Handle:
         for slot in reversed(self._slots):
             slot.give_back()
         self._slots.clear()
+        if self.insides is not None:
+            self.insides.leave()
 
     def await_run(
         self,
@@ -170,6 +183,8 @@ class Handle:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
         session, self._session, self._awaited, self._call = self._session, None, None, None
         self.family.end()
+        if self.insides is not None:
+            self.insides.end()
         self._sigma = lambda: None
         if session is not None:
             report = session.close()
@@ -182,12 +197,18 @@ class Handle:
         gated = self._gated_model(slot)
         gated.hasten_handle = self
         slot.take(gated)
-        if self._compiled_whole() or (not self.plan.seams and not self.plan.skip):
+        if self._compiled_whole() or not self.plan.gated:
             return
+        if self.insides is not None:
+            self.insides.listen()
         for index, block in enumerate(self.family.blocks):
             slot = Slot(block)
             self._slots.append(slot)
-            slot.take(self._gated_block(slot, Gate(index)))
+            gate = Gate(index)
+            if self.insides is None:
+                slot.take(self._gated_block(slot, gate))
+            else:
+                slot.take(self.insides.gated_block(slot, gate, lambda: self._call))
 
     def _begun(self) -> None:
         for slot in self._slots:
@@ -196,6 +217,8 @@ class Handle:
             for slot in self._slots[1:]:
                 slot.give_back()
             del self._slots[1:]
+        if self.insides is not None:
+            self.insides.leave() if self._compiled_whole() else self.insides.listen()
 
     def _compiled_whole(self) -> bool:
         """Whether the model is one compiled graph, which gates around its blocks would be pulled into."""
@@ -223,7 +246,9 @@ class Handle:
                 sigma=self.family.sigma(float(timestep.flatten()[0])) if known is None else known,
                 rounded_in=timestep.dtype if known is None else torch.float32,
             )
-            if self._compiled_whole() and (self.plan.seams or self.plan.skip):
+            if self.insides is not None:
+                self.insides.begin(call, given)
+            if self._compiled_whole() and self.plan.gated:
                 call.excuse = "compiled as a whole"
                 session.report.note(
                     "the transformer is compiled as a whole and its blocks cannot be reached: "

@@ -121,7 +121,7 @@ class FluxFamily:
         channels, tokens = self._config.out_channels or self._config.in_channels, x.shape[1]
         if ids is not None:
             if self._counted is None or self._counted[0] is not ids:
-                self._counted = ids, _noise_tokens(ids, tokens)
+                self._counted = ids, noise_tokens(ids, tokens)
             tokens = self._counted[1]
         noise: Tensor = x[:, :tokens, :channels]
         return noise
@@ -236,7 +236,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return like and torch.equal(one, other)
 
 
-def _noise_tokens(ids: Tensor, count: int) -> int:
+def noise_tokens(ids: Tensor, count: int) -> int:
     """How many of `count` image tokens are noise: Kontext's reference tokens follow them, with 1 on the first axis.
 
     ids: (N, 3) or (B, N, 3). One read of the device.

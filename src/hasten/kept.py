@@ -1,0 +1,107 @@
+"""kept.py is how a module's output is kept between full evaluations: as it is, in bf16, in fp8, or on the host.
+
+A tensor that is kept is the lane's own. fp8 has one scale for each token, so that a channel of another size costs only
+its own token its digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hasten.lane import moved_to_cpu
+
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = torch.finfo(FP8).max
+
+# Bytes of one number, where that is not the model's own.
+BYTES = {"bf16": 2, "fp8": 1}
+
+
+@dataclass
+class Kept:
+    """One module's output, (B, N, C), kept as `memory` has it; dtype and device are those it is given back in."""
+
+    memory: str
+    dtype: torch.dtype
+    device: torch.device
+    data: Tensor
+    scale: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor, memory: str) -> Kept:
+        """A copy of `tensor`, in that form."""
+        tensor = tensor.detach()
+        if memory == "fp8":
+            data, scale = in_fp8(tensor)
+            return cls(memory, tensor.dtype, tensor.device, data, scale)
+        if memory == "host":
+            data, event = moved_to_cpu(tensor)
+            if data.data_ptr() == tensor.data_ptr():  # a model on the CPU
+                data = data.clone()
+            return cls(memory, tensor.dtype, tensor.device, data, ready=event)
+        data = tensor.to(torch.bfloat16 if memory == "bf16" else tensor.dtype, copy=True)
+        return cls(memory, tensor.dtype, tensor.device, data.contiguous())
+
+    def read(self) -> Tensor:
+        """All of it, in the model's dtype, on its device; not to be written to."""
+        if self.scale is not None:
+            return (self.data.to(torch.float32) * self.scale).to(self.dtype)
+        if self.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.ready)
+        return self.data.to(self.device, self.dtype, non_blocking=True)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Those rows of it, flattened to (B * N, C): (k, C)."""
+        if self.memory == "host":
+            return _flat(self.read()).index_select(0, index)
+        some = _flat(_bits(self.data)).index_select(0, index)
+        if self.scale is not None:
+            some = some.view(FP8).to(torch.float32) * _flat(self.scale).index_select(0, index)
+        return some.to(self.dtype)
+
+    def refreshed(self, index: Tensor, rows: Tensor) -> Tensor:
+        """All of it with those rows replaced, for now and for later."""
+        if self.memory == "host":
+            whole = self.read()
+            if whole.data_ptr() == self.data.data_ptr():
+                _flat(whole).index_copy_(0, index, rows)
+                return whole
+            _flat(whole).index_copy_(0, index, rows)
+            self.data, self.ready = moved_to_cpu(whole)
+            return whole
+        if self.scale is not None:
+            data, scale = in_fp8(rows)
+            _flat(_bits(self.data)).index_copy_(0, index, _bits(data))
+            _flat(self.scale).index_copy_(0, index, scale)
+        else:
+            _flat(self.data).index_copy_(0, index, rows.to(self.data.dtype))
+        return self.read()
+
+    def tensors(self) -> list[Tensor]:
+        """What it takes memory for."""
+        return [self.data] if self.scale is None else [self.data, self.scale]
+
+
+def in_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3 numbers and one float32 scale for each last axis: (..., C) and (..., 1)."""
+    largest = tensor.abs().amax(-1, keepdim=True).to(torch.float32)
+    scale = (largest / LARGEST_FP8).clamp_min(1e-12)
+    return (tensor.to(torch.float32) / scale).clamp_(-LARGEST_FP8, LARGEST_FP8).to(FP8).contiguous(), scale
+
+
+def bytes_of(memory: str, element: int) -> int:
+    """Bytes of one kept number, for a model whose numbers take `element` bytes."""
+    return BYTES.get(memory, element)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # Neither indexing nor copying by index is made for float8.
+    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor

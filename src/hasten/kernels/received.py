@@ -1,0 +1,92 @@
+"""How much attention each key receives, without the N x N map: column sums of softmax(q k^T), over heads and queries.
+
+Full evaluations keep their fused attention; this second kernel looks at q and k alone, and at some of the queries.
+Per program a tile of queries passes over all keys twice: once for its log-sum-exp, once to add up exp(s - lse) by key.
+Floor for FLUX.1 at 1024x1024 with 256 queries: 4 x 24 x 256 x 4608 x 128 = 14.5 GFLOP.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows of queries at a time on the CPU: 256 x 4608 scores of a head are 4.7 MB.
+CHUNK = 256
+
+
+def attention_received(q: Tensor, k: Tensor) -> Tensor:
+    """For each key the attention it receives, mean over heads and queries: (B, N) in float32, each row summing to 1.
+
+    q: (B, H, M, D), k: (B, H, N, D) as they go into the attention (normed, rotated), scale D ** -0.5; M queries may be
+    some of the N. The same bits every time: no atomics.
+    """
+    received: Tensor = torch.ops.hasten.attention_received(q.contiguous(), k.contiguous())
+    return received
+
+
+@torch.library.custom_op("hasten::attention_received", mutates_args=())
+def _attention_received(q: Tensor, k: Tensor) -> Tensor:
+    total = torch.zeros(k.shape[0], k.shape[2], dtype=torch.float32, device=k.device)
+    scale = q.shape[-1] ** -0.5
+    for head in range(q.shape[1]):
+        keys = k[:, head].float().transpose(1, 2)
+        for first in range(0, q.shape[2], CHUNK):
+            scores = (q[:, head, first : first + CHUNK].float() * scale) @ keys
+            total += scores.softmax(-1).sum(1)
+    return total / (q.shape[1] * q.shape[2])
+
+
+@_attention_received.register_fake
+def _(q: Tensor, k: Tensor) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.float32)
+
+
+@_attention_received.register_kernel("cuda")
+def _on_cuda(q: Tensor, k: Tensor) -> Tensor:
+    kernel = triton_kernel()
+    if kernel is not None:
+        try:
+            with torch.cuda.device(q.device):  # Triton launches on the current device
+                return launch(kernel, q, k)
+        except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
+            _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
+    received: Tensor = _attention_received._init_fn(q, k)
+    return received
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logging.getLogger("hasten").warning("the Triton column sums cannot be used here, torch does them (%s)", reason)
+
+
+def launch(kernel: Any, q: Tensor, k: Tensor) -> Tensor:
+    """The column sums by the Triton kernel; q (B, H, M, D) and k (B, H, N, D) contiguous, D a multiple of 16."""
+    batch, heads, asked, width = q.shape
+    keys = k.shape[2]
+    if width % 16:
+        raise ValueError(f"heads of width {width}: a multiple of 16 is expected")
+    # 64 x 64 tiles in four warps: small enough for any GPU with tensor cores at D = 128.
+    rows, columns = 64, 64
+    tiles = (asked + rows - 1) // rows
+    parts = torch.empty((batch, heads * tiles, keys), dtype=torch.float32, device=k.device)
+    # Base-2 exponentials: log2(e) goes into the scale.
+    scale = width**-0.5 * 1.4426950408889634
+    kernel[(tiles, batch * heads)](
+        q, k, parts, asked, keys, tiles, scale,
+        WIDTH=width, PADDED=1 << (width - 1).bit_length(), ROWS=rows, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return parts.sum(1) / (heads * asked)
+
+
+@functools.cache
+def triton_kernel() -> Any:
+    """The kernel, compiled on its first launch; None where Triton is missing."""
+    try:
+        from hasten.kernels.column_sums import column_sums
+    except ImportError:
+        return None
+    return column_sums

@@ -1,0 +1,48 @@
+"""Triton kernels of a partial evaluation: the chosen rows' way into the MLP, and the gated sum. They need Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_gated(  # type: ignore[no-untyped-def]
+    out, x, gate, a, gate_b, b, tokens, width, BOTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    sample = row // tokens
+    total = tl.load(x + row * width + at, mask=inside).to(tl.float32)
+    scale = tl.load(gate + sample * width + at, mask=inside).to(tl.float32)
+    total += scale * tl.load(a + row * width + at, mask=inside).to(tl.float32)
+    if BOTH:
+        scale = tl.load(gate_b + sample * width + at, mask=inside).to(tl.float32)
+        total += scale * tl.load(b + row * width + at, mask=inside).to(tl.float32)
+    if HALF:
+        total = tl.where(total > 65504.0, 65504.0, total)
+        total = tl.where(total < -65504.0, -65504.0, total)
+    tl.store(out + row * width + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def norm_rows(  # type: ignore[no-untyped-def]
+    out, x, index, gate, a, scale, shift, chosen, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    sample = row // chosen
+    source = tl.load(index + row) * width
+    values = tl.load(x + source + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        weight = tl.load(gate + sample * width + at, mask=inside, other=0.0).to(tl.float32)
+        values += weight * tl.load(a + source + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(values, 0) / width
+    centred = tl.where(inside, values - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / width
+    normed = centred / tl.sqrt(variance + eps)
+    factor = 1.0 + tl.load(scale + sample * width + at, mask=inside, other=0.0).to(tl.float32)
+    normed = normed * factor + tl.load(shift + sample * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, normed.to(out.dtype.element_ty), mask=inside)
