@@ -25,7 +25,7 @@ class Room:
 
 DATA = ("data",)  # where shipped files lie: pathlib only
 PAPER = ("recipe", "anatomy", "moment", "plan", "policy", "predict")  # can be worked out on paper
-TENSORS = ("signal", "tokens", "attention")
+TENSORS = ("signal", "tokens", "attention", "attention_backends")
 MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "token_gate")
 TRANSFORMS = ("quantize", "compile", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
@@ -39,7 +39,12 @@ ROOMS = (
     Room(("anatomy", "policy", "predict"), hasten=PAPER, packages=("numpy",)),
     Room(("moment", "plan"), hasten=PAPER),
     Room(("kernels",), hasten=("kernels",), packages=("torch", "triton")),
-    Room(TENSORS, hasten=("kernels",), packages=("torch",)),
+    Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),
+    Room(
+        ("attention", "attention_backends"),
+        hasten=("kernels", "attention_backends"),
+        packages=("torch", "sageattention", "flash_attn_interface", "spas_sage_attn", "comfy_kitchen"),
+    ),
     Room(
         MEMORY,
         hasten=(*DATA, *PAPER, "kernels", *TENSORS, *MEMORY),

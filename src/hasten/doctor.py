@@ -58,7 +58,11 @@ def examine() -> dict[str, list[Check]]:
         "versions": [Check("hasten", True, hasten.__version__), python(), *map(package, PACKAGES)],
         "devices": _guarded("devices", devices),
         "formats": _guarded("formats", formats),
-        "attention": [*_guarded("attention", sdpa_kernels), *map(attention_package, ATTENTION)],
+        "attention": [
+            *_guarded("attention", sdpa_kernels),
+            *map(attention_package, ATTENTION),
+            *_guarded("attention", attentions),
+        ],
         "compiling": [compiler()],
         "hasten's files": [*_guarded("recipes", recipes), *_guarded("models", models)],
     }
@@ -155,6 +159,22 @@ def sdpa_kernels() -> list[Check]:
         if reason is not None and device.type == "cpu":
             reason = "is not for a CPU"  # torch's own words there are about kernels being switched off
         found.append(Check(words, reason is None, f"works on {device}" if reason is None else reason))
+    return found
+
+
+def attentions() -> list[Check]:
+    """Each of hasten's attention back-ends on the best device, tested against float32 at FLUX's head size."""
+    import torch
+
+    from hasten.attention import judge
+    from hasten.attention_backends import BACKENDS, Ask
+
+    device = best_device()
+    ask = Ask(device, torch.float32 if device.type == "cpu" else torch.bfloat16, 24, 128, 1024, 1024)
+    found = []
+    for name, backend in BACKENDS.items():
+        verdict = judge(backend, ask)
+        found.append(Check(f"hasten {name}", verdict.ok, f"{backend.words}{': ' * (not verdict.ok)}{verdict.reason}"))
     return found
 
 

@@ -45,6 +45,12 @@ PREDICTORS = ("hold", "taylor", "chebyshev", "weights")
 # Highest power first, as numpy.polyval takes them. Source: TeaCache4FLUX (ali-vilab/TeaCache, 2024).
 TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 
+# attention.py's back-ends, "auto" for the fastest that is near enough, "unchanged" for the host's own.
+ATTENTIONS = (
+    *("unchanged", "auto", "sdpa", "cudnn", "flash2", "flash3", "flex", "sage", "kitchen", "int8", "int8_fp8"),
+    *("sparge", "sparse"),
+)
+
 # Where a threshold is left out. fbcache: ParaAttention's middle setting for FLUX; mbcache: the original
 # ComfyUI-Lightning node; teacache: its authors' 1.8x setting; easycache: ComfyUI's node; magcache: its authors.
 DEFAULT_THRESHOLDS = {
@@ -236,12 +242,38 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Which attention the model's blocks use; the host's own in the steps and blocks that stay exact.
+
+    error: the largest relative L1 error that "auto" may choose. keep: the share of blocks of keys that "sparse" keeps.
+    exact_first, exact_last: of the run's intervals; exact_blocks: counted from 0 over all blocks.
+    """
+
+    backend: str = "unchanged"
+    error: float = 0.06
+    keep: float = 0.5
+    exact_first: int = 0
+    exact_last: int = 0
+    exact_blocks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("attention.backend", self.backend, ATTENTIONS)
+        _between("attention.error", self.error, 0.0, 1.0)
+        _between("attention.keep", self.keep, 0.01, 1.0)
+        _at_least("attention.exact_first", self.exact_first, 0, "0 keeps no step exact")
+        _at_least("attention.exact_last", self.exact_last, 0, "0 keeps no step exact")
+        for block in self.exact_blocks:
+            _at_least("attention.exact_blocks", block, 0, "blocks count from 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that is wanted of one model's runs; immutable, comparable, deep-copied for free."""
 
     cache: Cache = field(default_factory=Cache)
     tokens: Tokens = field(default_factory=Tokens)
     skip: Skip = field(default_factory=Skip)
+    attention: Attention = field(default_factory=Attention)
     description: str = ""
     name: str | None = field(default=None, compare=False)
     schema: int = SCHEMA
@@ -295,6 +327,7 @@ class Recipe:
             cache=_section("cache", data.get("cache", {}), Cache),
             tokens=_section("tokens", data.get("tokens", {}), Tokens),
             skip=_section("skip", data.get("skip", {}), Skip),
+            attention=_section("attention", data.get("attention", {}), Attention),
             description=data.get("description", ""),
             name=data.get("name"),
         )
@@ -306,7 +339,7 @@ class Recipe:
             out["name"] = self.name
         if self.description:
             out["description"] = self.description
-        for section in ("cache", "tokens", "skip"):
+        for section in ("cache", "tokens", "skip", "attention"):
             changed = _changed(getattr(self, section))
             if changed:
                 out[section] = changed

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hasten.call import Call
 from hasten.gate import Gate, Streams, gate_model
+from hasten.hosts.diffusers_attention import HungAttention
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
@@ -105,6 +106,9 @@ class Handle:
                 "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
                 "or remove the first handle, before applying another recipe."
             )
+        self.attention: HungAttention | None = None
+        if recipe.attention.backend != "unchanged":
+            self.attention = HungAttention(self.family.blocks, recipe.attention)
         self._hang()
 
     @property
@@ -143,6 +147,8 @@ class Handle:
         for slot in reversed(self._slots):
             slot.give_back()
         self._slots.clear()
+        if self.attention is not None:
+            self.attention.remove()
         if self.insides is not None:
             self.insides.leave()
 
@@ -188,6 +194,8 @@ class Handle:
         self._sigma = lambda: None
         if session is not None:
             report = session.close()
+            if self.attention is not None:
+                self.attention.tell(report)
             if report.evaluations:
                 self._finished.append(report)
 
@@ -248,6 +256,13 @@ class Handle:
             )
             if self.insides is not None:
                 self.insides.begin(call, given)
+            if self.attention is not None:
+                text, moment = given.get("encoder_hidden_states"), call.ongoing.moment
+                self.attention.before_call(
+                    interval=moment.interval,
+                    intervals=moment.intervals,
+                    text_rows=0 if text is None else text.shape[1],
+                )
             if self._compiled_whole() and self.plan.gated:
                 call.excuse = "compiled as a whole"
                 session.report.note(

@@ -138,7 +138,8 @@ def _side_by_side(block: Any) -> list[list[Any]]:
 def _plain(block: nn.Module) -> bool:
     """Whether the block's layers are linear layers and nothing else (no adapters), its attention FLUX's own."""
     attn: Any = block.attn
-    if type(attn.processor).__name__ != "FluxAttnProcessor" or attn.processor._parallel_config is not None:
+    known = ("FluxAttnProcessor", "HastenFluxAttnProcessor")
+    if type(attn.processor).__name__ not in known or attn.processor._parallel_config is not None:
         return False
     names = {name.rsplit(".", 1)[-1] for name, _ in block.named_modules()}
     return not any("lora" in name for name in names)
@@ -153,5 +154,9 @@ def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+    ours = getattr(attn.processor, "hasten_attention", None)
+    if ours is not None:
+        attended: Tensor = ours(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+        return attended
     out: Tensor = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
     return out

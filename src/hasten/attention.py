@@ -1,0 +1,248 @@
+"""attention.py answers which attention a model's calls take: asked for, fits, its numbers tested, the fastest of them.
+
+A back-end is tested against float32 the first time a device, dtype, head size and kind of length meets it; one that
+fails, or refuses, gives way to the next that was asked for and in the end to torch's own, and the reason is kept for
+the report. It knows no model and no host: exactness in some steps or blocks is a flag that hosts set from outside
+compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sparse
+
+# In the order of wishes; what cannot be used gives way to the next.
+CHAINS = {
+    "auto": DENSE,
+    # The original node's wish: 8 bits, by its package or by our kernels, whichever is faster here.
+    "sage8": ("sage", "kitchen", "int8_fp8", "int8"),
+}
+CHOICES = ("auto", *BACKENDS)
+
+# Longest test: attention's errors do not grow with N, but the time of a float32 reference does.
+TEST_ROWS = 1024
+
+_LIVE: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
+
+
+class Attention:
+    """One model's attention. exact: while it is set, calls take torch's own; said: why anything gave way."""
+
+    def __init__(
+        self,
+        wanted: str = "auto",
+        *,
+        error: float = 0.06,
+        keep: float = 0.5,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """wanted: one of CHOICES or CHAINS; error: the largest relative L1 that `auto` may cost.
+
+        Raises ValueError on an unknown name.
+        """
+        if wanted not in BACKENDS and wanted not in CHAINS:
+            raise ValueError(f"attention {wanted!r} is not known: known are {', '.join(CHOICES)}.")
+        self.wanted, self.error, self.say = wanted, error, say
+        self.exact = False
+        # Of the block-sparse kernel alone: the share of blocks that is kept, and how many leading tokens are text.
+        self.keep, self.text_rows = keep, 0
+        self.used: dict[str, int] = {}
+        self._chosen: dict[Ask, Backend] = {}
+        self.number = id(self)
+        _LIVE[self.number] = self
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, all (B, H, N, D); a step of a graph for torch.compile, whatever is chosen."""
+        out: Tensor = torch.ops.hasten.attention(q, k, v, self.number)
+        return out.transpose(1, 2)
+
+    @property
+    def line(self) -> str:
+        """What was used, for the report: `attention int8_fp8`; several by how often."""
+        names = sorted(self.used, key=lambda name: -self.used[name])
+        return "attention " + ", ".join(names or [self.wanted])
+
+    def choose(self, ask: Ask) -> Backend:
+        """The back-end for such calls; the first time it may test and measure."""
+        found = self._chosen.get(ask)
+        if found is None:
+            found = self._chosen[ask] = self._choose(ask)
+        return found
+
+    def _choose(self, ask: Ask) -> Backend:
+        names = CHAINS.get(self.wanted, (self.wanted,))
+        fit = []
+        for name in names:
+            verdict = judge(BACKENDS[name], ask, self.error if len(names) > 1 else None)
+            if verdict.ok:
+                fit.append(BACKENDS[name])
+            elif len(names) == 1:
+                self.say(f"attention {name} gave way to torch's own: {verdict.reason}")
+        if not fit:
+            if len(names) > 1 and self.wanted != "auto":
+                self.say(f"no 8-bit attention can be used here ({verdict.reason}): torch's own is")
+            return BACKENDS["sdpa"]
+        return fit[0] if len(fit) == 1 else fastest(fit, ask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The call itself, outside of any graph."""
+        backend = BACKENDS["sdpa"] if self.exact else self.choose(Ask.of(q, k))
+        attend = sparse(self.keep, self.text_rows) if backend.name == "sparse" else backend.attend
+        try:
+            out = attend(q, k, v)
+        except Exception as error:  # kernels have no common class for their refusals
+            if backend.name == "sdpa":
+                raise
+            self._chosen[Ask.of(q, k)] = BACKENDS["sdpa"]
+            self.say(f"attention {backend.name} gave way to torch's own: {_first(error)}")
+            backend = BACKENDS["sdpa"]
+            out = backend.attend(q, k, v)
+        self.used[backend.name] = self.used.get(backend.name, 0) + 1
+        return out
+
+
+@torch.library.custom_op("hasten::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+    chooser = _LIVE.get(number)
+    out = scaled_dot_product_attention(q, k, v) if chooser is None else chooser.attend(q, k, v)
+    return out.to(q.dtype).transpose(1, 2).contiguous()
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def judge(backend: Backend, ask: Ask, error: float | None = None) -> Verdict:
+    """Whether `backend` takes such calls and its numbers are right; error: a tighter bound than its own."""
+    verdict = backend.supports(ask)
+    if not verdict.ok:
+        return verdict
+    if error is not None and backend.error >= SPARSE:
+        return Verdict(False, "leaves a part of the sum out")
+    found = _tested(backend, ask.device, ask.dtype, ask.head_dim, _test_rows(ask.rows))
+    if isinstance(found, str):
+        return Verdict(False, found)
+    bound = backend.error if error is None else min(error, backend.error)
+    if not found <= bound:  # NaN is not
+        return Verdict(False, f"its self-test is off by {found:.3g}, more than {bound:.3g}")
+    return verdict
+
+
+def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> float:
+    """Mean error over mean size against float32 on noise with outlying keys; NaN where the result is not finite.
+
+    A back-end that leaves a part of the sum out is judged by whether its result is finite alone, and gives 0.
+    """
+    noise = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((1, 2, rows, head_dim), generator=noise).to(device, dtype) for _ in range(3))
+    k[..., head_dim // 3] += 9.0
+    k[..., head_dim // 2] -= 6.0
+    found = backend.attend(q, k, v)
+    if found.shape != q.shape or not bool(torch.isfinite(found).all()):
+        return float("nan")
+    if backend.error >= SPARSE:
+        return 0.0
+    weights = torch.softmax(q.float() @ k.float().mT * head_dim**-0.5, -1)
+    exact = weights @ v.float()
+    return float((found.float() - exact).abs().sum() / exact.abs().sum())
+
+
+@functools.lru_cache(maxsize=256)
+def _tested(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, rows: int
+) -> float | str:  # fmt: skip
+    try:
+        return self_test(backend, device, dtype, head_dim, rows)
+    except Exception as error:  # kernels have no common class for their refusals
+        return _first(error)
+
+
+def _test_rows(rows: int) -> int:
+    """A length like `rows`, no longer than TEST_ROWS: whether the last block of 128 is whole stays as it is."""
+    return rows if rows <= TEST_ROWS else TEST_ROWS - 128 + rows % 128
+
+
+def _first(error: Exception) -> str:
+    return (f"{error}".strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fastest(backends: Sequence[Backend], ask: Ask) -> Backend:
+    """The fastest of those that fit, measured once for such calls on this machine and remembered in a small file."""
+    names = sorted(backend.name for backend in backends)
+    key = " ".join(map(str, (_device_name(ask.device), torch.__version__, *shape_class(ask), *names)))
+    known = _remembered()
+    if known.get(key) not in names:
+        times = {backend.name: _milliseconds(backend, ask) for backend in backends}
+        known[key] = min(times, key=lambda name: times[name])
+        _remember(known)
+    return BACKENDS[known[key]]
+
+
+def shape_class(ask: Ask) -> tuple[str, int, int, int]:
+    """Calls that one measurement speaks for: dtype, heads, head size, and the length up to the next power of two."""
+    return str(ask.dtype).removeprefix("torch."), ask.heads, ask.head_dim, 1 << (ask.rows - 1).bit_length()
+
+
+def cache_file() -> Path:
+    """Where measured choices are kept; XDG_CACHE_HOME moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hasten" / "attention.json"
+
+
+def _milliseconds(backend: Backend, ask: Ask) -> float:
+    """The best of a few calls at the full size; infinite where it fails there."""
+    made = functools.partial(torch.randn, device=ask.device, dtype=ask.dtype)
+    q, k, v = (made((1, ask.heads, rows, ask.head_dim)) for rows in (ask.rows, ask.keys, ask.keys))
+    best = float("inf")
+    try:
+        for _ in range(6):
+            _wait(ask.device)
+            started = time.perf_counter()
+            for _ in range(3):
+                backend.attend(q, k, v)
+            _wait(ask.device)
+            best = min(best, (time.perf_counter() - started) * 1000.0 / 3)
+    except Exception:  # kernels have no common class for their refusals
+        return float("inf")
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        known = json.loads(cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(known: dict[str, str]) -> None:
+    """Written whole or not at all; a folder that cannot be written costs a measurement in the next process."""
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
+            json.dump(known, new, indent=1, sort_keys=True)
+        Path(new.name).replace(file)
+    except OSError:
+        return

@@ -1,0 +1,113 @@
+"""diffusers_attention.py gives a FLUX transformer's blocks the attention that a recipe names, and takes it away again.
+
+Processors of the instances are changed, nothing of diffusers itself; blocks that stay exact keep theirs. Whether a
+step stays exact is set from outside, before each call of the model: compiled blocks never see it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hasten import recipe
+from hasten.attention import Attention
+from hasten.report import Report
+
+
+class HungAttention:
+    """A recipe's attention in one transformer's blocks, in the order of `blocks`.
+
+    Raises ValueError when the recipe names a block that is not there.
+    """
+
+    def __init__(self, blocks: list[nn.Module], wanted: recipe.Attention) -> None:
+        beyond = [index for index in wanted.exact_blocks if index >= len(blocks)]
+        if beyond:
+            raise ValueError(
+                f"attention.exact_blocks names block {beyond[0]}: the model has {len(blocks)} blocks, counted from 0."
+            )
+        self.wanted = wanted
+        self._said: list[str] = []
+        self.attention = Attention(wanted.backend, error=wanted.error, keep=wanted.keep, say=self._said.append)
+        self._undo: list[Callable[[], None]] = []
+        others: set[str] = set()
+        for index, block in enumerate(blocks):
+            attn: Any = getattr(block, "attn", None)
+            processor: Any = getattr(attn, "processor", None)
+            if type(processor).__name__ != "FluxAttnProcessor" or processor._parallel_config is not None:
+                others.add(type(processor or block).__name__)
+            elif index not in wanted.exact_blocks:
+                ours = _processor()()
+                ours._attention_backend = processor._attention_backend
+                ours.hasten_attention = self.attention
+                attn.processor = ours
+                self._undo.append(functools.partial(setattr, attn, "processor", processor))
+        if others:
+            self._said.append(f"attention of {', '.join(sorted(others))} was left as it is")
+
+    def before_call(self, *, interval: int, intervals: int, text_rows: int) -> None:
+        """Where in the run the call lies, and how many tokens lead as text."""
+        last = interval >= intervals - self.wanted.exact_last
+        self.attention.exact = interval < self.wanted.exact_first or last
+        self.attention.text_rows = text_rows
+
+    def tell(self, report: Report) -> None:
+        """What was used since the last time, for a run's report."""
+        if self.attention.used:
+            report.note(self.attention.line)
+        for sentence in self._said:
+            report.note(sentence)
+        self.attention.used.clear()
+
+    def remove(self) -> None:
+        """Gives every block its processor back."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+
+@functools.cache
+def _processor() -> type[Any]:
+    from diffusers.models.transformers import transformer_flux as flux
+
+    class HastenFluxAttnProcessor(flux.FluxAttnProcessor):  # type: ignore[misc]
+        """FluxAttnProcessor with another softmax(q k^T) v; a masked call is its own."""
+
+        hasten_attention: Attention
+
+        def __call__(
+            self,
+            attn: Any,
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor | None = None,
+            attention_mask: Tensor | None = None,
+            image_rotary_emb: Any = None,
+        ) -> Any:
+            """What the processor it stands for gives out."""
+            if attention_mask is not None:
+                return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+            streams: list[Any] = [
+                None if t is None else t.unflatten(-1, (-1, attn.head_dim))
+                for t in flux._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+            ]
+            q, k, v, *of_text = streams
+            q, k = attn.norm_q(q), attn.norm_k(k)
+            if attn.added_kv_proj_dim is not None:
+                text_q, text_k, text_v = of_text
+                text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
+                pairs = ((text_q, q), (text_k, k), (text_v, v))
+                q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
+            if image_rotary_emb is not None:
+                q, k = (flux.apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (q, k))
+            out = self.hasten_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+            if encoder_hidden_states is None:
+                return out
+            rows = encoder_hidden_states.shape[1]
+            image = attn.to_out[1](attn.to_out[0](out[:, rows:].contiguous()))
+            return image, attn.to_add_out(out[:, :rows].contiguous())
+
+    return HastenFluxAttnProcessor
