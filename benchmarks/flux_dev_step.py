@@ -288,13 +288,16 @@ def ours(bits: str | None = None, *, compiled: bool = True, fuse: bool = True) -
     """Our stack: fused passes, 16 bits or fp8, regional compile."""
 
     def stack(model: Any) -> Callable[[], int]:
-        from hasten.compile import Compiler
         from hasten.hosts.diffusers_stack import Stack
+        from hasten.sections import Compile, Quantize
 
         cudnn(model)
-        compiler = Compiler(say=print) if compiled else None
-        Stack(model, bits=bits, fuse=fuse, compiler=compiler, say=print)
-        return unique_graphs() if compiler is None else lambda: compiler.graphs
+        how = Compile(blocks=compiled, fuse="always" if fuse else "never")
+        wanted = bits if bits is None or model.device.type == "cuda" else "int8"  # a CPU, to try it out, has no fp8
+        done = Stack(model, how, Quantize(format=wanted or "none", keep=False))
+        for note in done.notes:
+            print(note)
+        return lambda: done.graphs
 
     return stack
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from hasten.data import recipe_folder as recipe_folder
     from hasten.hosts.diffusers import accelerate as accelerate
     from hasten.hosts.diffusers import apply as apply
+    from hasten.hosts.diffusers import prepare as prepare
     from hasten.recipe import Recipe as Recipe
     from hasten.recipe import recipe_names as recipe_names
     from hasten.report import Report as Report
@@ -23,6 +24,7 @@ _PUBLIC = {
     "apply": "hasten.hosts.diffusers",
     "calibrate": "hasten.calibrate",
     "models_folder": "hasten.data",
+    "prepare": "hasten.hosts.diffusers",
     "recipe_folder": "hasten.data",
     "recipe_names": "hasten.recipe",
 }

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
-from torch import nn
+from torch import Tensor, nn
 
 INDUCTOR = "inductor"
 Call = Callable[..., Any]
@@ -54,11 +54,19 @@ class Backend:
 
 
 class Compiler:
-    """Compiles calls of modules and keeps the account. limit: of graphs, -1 for any number."""
+    """Compiles calls of modules and keeps the account. limit: of graphs, -1 for any number; say: takes remarks.
+
+    Raises ValueError for a back-end that torch does not know.
+    """
 
     def __init__(
         self, *, backend: str = INDUCTOR, dynamic: bool | None = True, limit: int = 32, say: Callable[[str], None]
     ) -> None:
+        known = [*backends(), *torch.compiler.list_backends(exclude_tags=())]
+        if backend not in known:
+            raise ValueError(
+                f"compile.backend is {backend!r}: torch.compile here has {', '.join(dict.fromkeys(known))}."
+            )
         reason = cannot_compile(backend)
         if reason is not None:
             say(reason)
@@ -67,6 +75,7 @@ class Compiler:
         self._say = say
         self._backend = Backend(backend, limit)
         self._full = False
+        self._failed: set[type] = set()
 
     @property
     def graphs(self) -> int:
@@ -87,17 +96,20 @@ class Compiler:
         return functools.partial(self._run, compiled, module)
 
     def _run(self, compiled: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not self.works:
+        if type(module) in self._failed:
             return module._call_impl(*args, **kwargs)
         if self._full:
             # What is compiled already runs on; what would need a graph of its own runs as it is.
             with torch.compiler.set_stance("eager_on_recompile"):
                 return compiled(module, *args, **kwargs)
+        args = tuple(_without_base(value) for value in args)
+        kwargs = {name: _without_base(value) for name, value in kwargs.items()}
+        # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever. Set by hand: the
+        # flags' own `patch` takes as long as a block's launches.
+        flags: Any = torch.fx.experimental._config
+        before, flags.use_duck_shape = flags.use_duck_shape, False
         try:
-            # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever.
-            shapes: Any = torch.fx.experimental._config
-            with shapes.patch(use_duck_shape=False):
-                return compiled(module, *args, **kwargs)
+            return compiled(module, *args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:  # compiling failed; nothing was run yet
             if isinstance(getattr(error, "inner_exception", None), PastLimit):
                 self._full = True
@@ -106,9 +118,24 @@ class Compiler:
                     "raise compile.limit if the shapes are meant to vary this much"
                 )
             else:
-                self.works = False
-                self._say(f"torch.compile failed, the blocks run uncompiled ({_first_line(error)})")
+                self._failed.add(type(module))
+                self._say(f"torch.compile failed, {type(module).__name__} runs uncompiled ({_first_line(error)})")
             return module._call_impl(*args, **kwargs)
+        finally:
+            flags.use_duck_shape = before
+
+
+def _without_base(value: Any) -> Any:
+    """A view as a tensor that is none, over the same memory, with the strides of its shape where it is dense.
+
+    The compiler takes a view (an embedder's output) and a tensor of its own (the next block's) for two kinds of input,
+    and at batch 1 the slice of a sequence, whose first stride nobody uses, for a third: a graph for each.
+    """
+    if type(value) is not Tensor or value.requires_grad or not value._is_view():
+        return value
+    with torch.no_grad():
+        strides = torch.empty(value.shape, device="meta").stride() if value.is_contiguous() else value.stride()
+        return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, strides)
 
 
 def cannot_compile(backend: str = INDUCTOR) -> str | None:

@@ -17,6 +17,49 @@ from hasten.kernels.linear import FP8, linear_rows_8
 from hasten.kernels.rows import quantise, split_streams
 
 FORMATS = {"fp8": FP8, "int8": torch.int8}
+SAVED_AS = {"weight8": "weight", "scale8": "weight_scale"}
+FP8_SINCE = (8, 9)  # compute capability: Ada and newer multiply in fp8
+
+
+def format_for(wanted: str, device: torch.device) -> str:
+    """ "fp8" or "int8": what is meant by `wanted` ("auto" too) on that device.
+
+    Raises ValueError in one sentence for a format that the device does not multiply in.
+    """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        has_fp8 = capability >= FP8_SINCE and torch.version.hip is None
+        name = f"{torch.cuda.get_device_name(device)}, {capability[0]}.{capability[1]}"
+    elif device.type == "cpu":
+        has_fp8, name = False, "a CPU"
+    else:
+        raise ValueError(
+            f'quantize.format is {wanted}, and layers in 8 bits are for NVIDIA GPUs and CPUs, not for "{device.type}": '
+            "leave [quantize] out here."
+        )
+    if wanted == "fp8" and not has_fp8:
+        raise ValueError(
+            "quantize.format is fp8, which needs an NVIDIA GPU of compute capability 8.9 or newer, and this is "
+            f'{name}: set format = "auto" or "int8".'
+        )
+    return "fp8" if has_fp8 and wanted in ("fp8", "auto") else "int8"
+
+
+class ReadOnly(Tensor):
+    """A tensor that refuses to be written into: it is a copy, and what is written would be lost unseen."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any function of torch but those that write."""
+        name = func.__name__
+        if (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__isub__", "__imul__", "__set__"):
+            raise ValueError(
+                "this layer keeps its weight in 8 bits, into which nothing is merged: merge a LoRA before quantising, "
+                "or leave it beside the layer (no fuse_lora)."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        return out.as_subclass(cls) if func is Tensor.data.__get__ else out  # type: ignore[attr-defined]
 
 
 class Linear8(nn.Linear):
@@ -48,9 +91,8 @@ class Linear8(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight in the layer's dtype again, (O, K), a new tensor each time."""
-        with torch.inference_mode():  # what is written into it would be lost: torch refuses that on such a tensor
-            return (self.weight8.float() * self.scale8[:, None]).to(self.dtype)
+        """The weight in the layer's dtype again, (O, K), a new tensor each time: to be read only."""
+        return (self.weight8.float() * self.scale8[:, None]).to(self.dtype).as_subclass(ReadOnly)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """weight8, scale8 and bias."""
@@ -65,6 +107,29 @@ class Linear8(nn.Linear):
             rows, scales = split_streams(flat[None], 0, dtype=self.weight8.dtype)
         out: Tensor = linear_rows_8(rows, scales, 0, (), [self.tensors()], x.dtype).unflatten(0, x.shape[:-1])
         return out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear8:
+        """Module.to and its like: 8 bits stay 8 bits and scales float32, whatever dtype the model is cast to."""
+        weight8, scale8 = self.weight8, self.scale8
+        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
+        if self.weight8.dtype != weight8.dtype:
+            self.weight8 = weight8.to(self.bias.device)
+        if self.scale8.dtype != scale8.dtype:
+            self.scale8 = scale8.to(self.bias.device)
+        self.dtype = self.bias.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """weight (8 bits), weight_scale and bias: LoRA loaders look for a weight under its name."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call, unused-ignore]
+        for ours, theirs in SAVED_AS.items():
+            destination[prefix + theirs] = destination.pop(prefix + ours)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        for ours, theirs in SAVED_AS.items():
+            if prefix + theirs in state:
+                state[prefix + ours] = state.pop(prefix + theirs)
+        super()._load_from_state_dict(state, prefix, *args)  # type: ignore[no-untyped-call, unused-ignore]
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -84,6 +149,7 @@ class Quantised:
         device: torch.device | None = None,
     ) -> None:
         self._kept: list[tuple[nn.Module, str, nn.Linear]] = []
+        self.keeps = keep
         self.layers = 0
         for module in modules:
             for parent, name, layer in list(_linear_layers(module, wanted)):
@@ -93,7 +159,15 @@ class Quantised:
                     self._kept.append((parent, name, layer.to("cpu")))
 
     def undo(self) -> None:
-        """Puts the original layers back, on the device that the quantised ones are on."""
+        """Puts the original layers back, on the device that the quantised ones are on.
+
+        Raises ValueError, before anything is changed, when they were not kept.
+        """
+        if self.layers and not self.keeps:
+            raise ValueError(
+                "the original weights were not kept (quantize.keep is false), so the 8-bit ones stay: load the model "
+                "again, or quantise with keep = true."
+            )
         for parent, name, layer in self._kept:
             now: Any = getattr(parent, name)
             setattr(parent, name, layer.to(now.weight8.device))

@@ -7,15 +7,16 @@ a given model is worked out in plan.py, when to compute in policy.py, what stand
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hasten.data import recipe_folder
+from hasten.sections import Compile, Quantize
+from hasten.values import at_least, between, known, nearest, one_of, typed
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -121,20 +122,20 @@ class Cache:
         return self.method in ("teacache", "easycache") or self.signal == "output"
 
     def __post_init__(self) -> None:
-        _one_of("cache.method", self.method, METHODS)
-        _one_of("cache.signal", self.signal, ("residual", "output"))
-        _one_of("cache.distance", self.distance, ("l1", "cosine"))
-        _one_of("cache.relative_to", self.relative_to, ("previous", "current"))
-        _one_of("cache.compare_with", self.compare_with, ("auto", "computed", "latest"))
-        _one_of("cache.predictor", self.predictor, PREDICTORS)
-        _one_of("cache.device", self.device, ("auto", "cpu"))
-        _one_of("cache.dtype", self.dtype, ("model", "float32"))
+        one_of("cache.method", self.method, METHODS)
+        one_of("cache.signal", self.signal, ("residual", "output"))
+        one_of("cache.distance", self.distance, ("l1", "cosine"))
+        one_of("cache.relative_to", self.relative_to, ("previous", "current"))
+        one_of("cache.compare_with", self.compare_with, ("auto", "computed", "latest"))
+        one_of("cache.predictor", self.predictor, PREDICTORS)
+        one_of("cache.device", self.device, ("auto", "cpu"))
+        one_of("cache.dtype", self.dtype, ("model", "float32"))
         if self.threshold is not None:
-            _between("cache.threshold", self.threshold, 0.0, 10.0)
+            between("cache.threshold", self.threshold, 0.0, 10.0)
         for value in self.thresholds:
-            _between("cache.thresholds", value, 0.0, 10.0)
-        _between("cache.start", self.start, 0.0, 1.0)
-        _between("cache.end", self.end, 0.0, 1.0)
+            between("cache.thresholds", value, 0.0, 10.0)
+        between("cache.start", self.start, 0.0, 1.0)
+        between("cache.end", self.end, 0.0, 1.0)
         if self.start > self.end:
             raise ValueError(
                 f"cache.start is {self.start} and cache.end is {self.end}: start must not be after end; swap them."
@@ -144,17 +145,17 @@ class Cache:
                 f"cache.sigma_start is {self.sigma_start} and cache.sigma_end is {self.sigma_end}: sigmas fall, so the "
                 "start must not be below the end; swap them."
             )
-        _at_least("cache.max_consecutive_hits", self.max_consecutive_hits, -1, "-1 means unlimited")
-        _at_least("cache.every", self.every, 1, "1 computes every evaluation")
-        _between("cache.growth", self.growth, 0.0, 100.0)
-        _between("cache.order", self.order, 0, 2)
-        _between("cache.degree", self.degree, 1, 8)
-        _between("cache.ridge", self.ridge, 0.0, 1000.0)
-        _between("cache.blend", self.blend, 0.0, 1.0)
-        _between("cache.window", self.window, 2, 16)
-        _at_least("cache.of", self.of, 0, "0 takes the steps as they are")
+        at_least("cache.max_consecutive_hits", self.max_consecutive_hits, -1, "-1 means unlimited")
+        at_least("cache.every", self.every, 1, "1 computes every evaluation")
+        between("cache.growth", self.growth, 0.0, 100.0)
+        between("cache.order", self.order, 0, 2)
+        between("cache.degree", self.degree, 1, 8)
+        between("cache.ridge", self.ridge, 0.0, 1000.0)
+        between("cache.blend", self.blend, 0.0, 1.0)
+        between("cache.window", self.window, 2, 16)
+        at_least("cache.of", self.of, 0, "0 takes the steps as they are")
         for step in self.steps:
-            _at_least("cache.steps", step, 0, "steps count from 0")
+            at_least("cache.steps", step, 0, "steps count from 0")
         if self.of and self.steps and max(self.steps) >= self.of:
             raise ValueError(
                 f"cache.steps names step {max(self.steps)} of a run of cache.of = {self.of} steps: "
@@ -214,18 +215,18 @@ class Tokens:
     memory: str = "model"
 
     def __post_init__(self) -> None:
-        _between("tokens.ratio", self.ratio, 0.0, 1.0)
-        _one_of("tokens.depth", self.depth, ("model", "original"))
-        _between("tokens.double", self.double, 0.0, 100.0)
-        _between("tokens.single", self.single, 0.0, 100.0)
-        _one_of("tokens.score", self.score, ("attention", "value", "random", "age"))
-        _at_least("tokens.queries", self.queries, 0, "0 takes all of them")
-        _between("tokens.staleness", self.staleness, 0.0, 100.0)
-        _between("tokens.spatial", self.spatial, 0.0, 100.0)
-        _at_least("tokens.cell", self.cell, 1, "1 gives every token the same")
-        _at_least("tokens.seed", self.seed, 0, "it seeds the random score")
-        _at_least("tokens.full_first", self.full_first, 0, "0 leaves it to the first evaluation")
-        _one_of("tokens.memory", self.memory, ("model", "bf16", "fp8", "host"))
+        between("tokens.ratio", self.ratio, 0.0, 1.0)
+        one_of("tokens.depth", self.depth, ("model", "original"))
+        between("tokens.double", self.double, 0.0, 100.0)
+        between("tokens.single", self.single, 0.0, 100.0)
+        one_of("tokens.score", self.score, ("attention", "value", "random", "age"))
+        at_least("tokens.queries", self.queries, 0, "0 takes all of them")
+        between("tokens.staleness", self.staleness, 0.0, 100.0)
+        between("tokens.spatial", self.spatial, 0.0, 100.0)
+        at_least("tokens.cell", self.cell, 1, "1 gives every token the same")
+        at_least("tokens.seed", self.seed, 0, "it seeds the random score")
+        at_least("tokens.full_first", self.full_first, 0, "0 leaves it to the first evaluation")
+        one_of("tokens.memory", self.memory, ("model", "bf16", "fp8", "host"))
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class Skip:
     def __post_init__(self) -> None:
         for name in ("double", "single"):
             for index in getattr(self, name):
-                _at_least(f"skip.{name}", index, 0, "blocks count from 0")
+                at_least(f"skip.{name}", index, 0, "blocks count from 0")
 
 
 @dataclass(frozen=True)
@@ -257,13 +258,13 @@ class Attention:
     exact_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("attention.backend", self.backend, ATTENTIONS)
-        _between("attention.error", self.error, 0.0, 1.0)
-        _between("attention.keep", self.keep, 0.01, 1.0)
-        _at_least("attention.exact_first", self.exact_first, 0, "0 keeps no step exact")
-        _at_least("attention.exact_last", self.exact_last, 0, "0 keeps no step exact")
+        one_of("attention.backend", self.backend, ATTENTIONS)
+        between("attention.error", self.error, 0.0, 1.0)
+        between("attention.keep", self.keep, 0.01, 1.0)
+        at_least("attention.exact_first", self.exact_first, 0, "0 keeps no step exact")
+        at_least("attention.exact_last", self.exact_last, 0, "0 keeps no step exact")
         for block in self.exact_blocks:
-            _at_least("attention.exact_blocks", block, 0, "blocks count from 0")
+            at_least("attention.exact_blocks", block, 0, "blocks count from 0")
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,8 @@ class Recipe:
     tokens: Tokens = field(default_factory=Tokens)
     skip: Skip = field(default_factory=Skip)
     attention: Attention = field(default_factory=Attention)
+    compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     description: str = ""
     name: str | None = field(default=None, compare=False)
     schema: int = SCHEMA
@@ -308,7 +311,7 @@ class Recipe:
         if path.is_file():
             return _from_file(path)
         raise ValueError(
-            f"there is no recipe named {text!r}: {_nearest(text, ['none', *recipe_names()])}, "
+            f"there is no recipe named {text!r}: {nearest(text, ['none', *recipe_names()])}, "
             "or give the path of a .toml or .json file."
         )
 
@@ -319,7 +322,7 @@ class Recipe:
             raise ValueError(f"the recipe has no schema: add the line `schema = {SCHEMA}`.")
         if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
             raise ValueError(f"the recipe's schema is {data['schema']!r}: this version reads schema {SCHEMA}.")
-        _known("the recipe", data, [f.name for f in fields(cls)])
+        known("the recipe", data, [f.name for f in fields(cls)])
         for key in ("description", "name"):
             if not isinstance(data.get(key, ""), str):
                 raise ValueError(f"{key} is {data[key]!r}: a text in quotes is expected.")
@@ -328,6 +331,8 @@ class Recipe:
             tokens=_section("tokens", data.get("tokens", {}), Tokens),
             skip=_section("skip", data.get("skip", {}), Skip),
             attention=_section("attention", data.get("attention", {}), Attention),
+            compile=_section("compile", data.get("compile", {}), Compile),
+            quantize=_section("quantize", data.get("quantize", {}), Quantize),
             description=data.get("description", ""),
             name=data.get("name"),
         )
@@ -339,7 +344,7 @@ class Recipe:
             out["name"] = self.name
         if self.description:
             out["description"] = self.description
-        for section in ("cache", "tokens", "skip", "attention"):
+        for section in ("cache", "tokens", "skip", "attention", "compile", "quantize"):
             changed = _changed(getattr(self, section))
             if changed:
                 out[section] = changed
@@ -387,37 +392,9 @@ def _from_file(path: Path) -> Recipe:
 def _section(name: str, data: object, kind: type[Any]) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"[{name}] is {data!r}: a table of keys is expected.")
-    _known(f"[{name}]", data, [f.name for f in fields(kind)])
+    known(f"[{name}]", data, [f.name for f in fields(kind)])
     defaults = {f.name: f for f in fields(kind)}
-    return kind(**{key: _typed(f"{name}.{key}", value, str(defaults[key].type)) for key, value in data.items()})
-
-
-def _typed(name: str, value: object, wanted: str) -> Any:
-    """The value as the annotation wants it; a bool is never taken for a number."""
-    if wanted.startswith("tuple"):
-        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-            raise ValueError(f"{name} is {value!r}: a list in square brackets is expected.")
-        inner = wanted[len("tuple[") : wanted.rindex(", ...")]
-        return tuple(_typed(name, item, inner) for item in value)
-    if value is None and "None" in wanted:
-        return None
-    if wanted.startswith("bool"):
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r}: true or false is expected.")
-        return value
-    if wanted.startswith("str"):
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r}: a text in quotes is expected.")
-        return value
-    whole = wanted.startswith("int")
-    expected = ValueError(f"{name} is {value!r}: a {'whole ' if whole else ''}number is expected.")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise expected
-    if not abs(value) <= sys.float_info.max:  # NaN, infinity, and whole numbers that no float holds
-        raise ValueError(f"{name} is {value!r}: a finite number is expected.")
-    if whole and value != int(value):
-        raise expected
-    return int(value) if whole else float(value)
+    return kind(**{key: typed(f"{name}.{key}", value, str(defaults[key].type)) for key, value in data.items()})
 
 
 def _toml(value: object) -> str:
@@ -436,30 +413,3 @@ def _changed(section: Any) -> dict[str, Any]:
 
 def _listed(value: Any) -> Any:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _known(where: str, data: Mapping[str, Any], names: list[str]) -> None:
-    for key in data:
-        if key not in names:
-            raise ValueError(f"{where} has an unknown key {key!r}: {_nearest(key, names)}.")
-
-
-def _nearest(given: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
-    listed = ", ".join(names)
-    return f"did you mean {close[0]!r}? Known are {listed}" if close else f"known are {listed}"
-
-
-def _one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}: {_nearest(str(value), allowed)}.")
-
-
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}: a number from {low} to {high} is allowed.")
-
-
-def _at_least(name: str, value: int, low: int, meaning: str) -> None:
-    if value < low:
-        raise ValueError(f"{name} is {value}: at least {low} is allowed ({meaning}).")

@@ -43,6 +43,8 @@ class Evaluation:
 class Report:
     """One sampling run: its evaluations, what was reused, what it kept in memory, and remarks.
 
+    model: what was done to the model itself, such as "blocks in fp8, compiled". graphs, compile_s: what the compiler
+    did since the run before, and how long it took; first calls of a shape or of other modules.
     timed: whether its milliseconds are of work done; on some devices they are only of launching it.
     """
 
@@ -54,6 +56,9 @@ class Report:
     cache_mib_planned: float = 0.0
     wall_s: float = 0.0
     timed: bool = True
+    model: str = ""
+    graphs: int = 0
+    compile_s: float = 0.0
 
     @property
     def computed(self) -> int:
@@ -113,6 +118,10 @@ class Report:
             parts.append(f"cache {self.cache_mib:.1f} MiB")
         elif self.evaluations:
             parts.append(f"nothing reused: {self._why_nothing()}")
+        if self.model:
+            parts.append(self.model)
+        if self.graphs:
+            parts.append(f"{self.graphs} graph{'s' * (self.graphs > 1)} compiled in {self.compile_s:.1f} s")
         return " · ".join([*parts, *self.notes])
 
     def _why_nothing(self) -> str:
@@ -138,6 +147,9 @@ class Report:
             "wall_s": self.wall_s,
             "cache_mib": self.cache_mib,
             "cache_mib_planned": self.cache_mib_planned,
+            "model": self.model,
+            "graphs": self.graphs,
+            "compile_s": self.compile_s,
             "notes": list(self.notes),
         }
 

@@ -24,6 +24,7 @@ from hasten.hosts.diffusers_attention import HungAttention
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
+from hasten.hosts.diffusers_stack import STACK, Stack, modules_beside, stack_for, wants_stack
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
@@ -80,7 +81,7 @@ class Slot:
 class Handle:
     """A recipe applied to one transformer. Reuse happens only inside a run; `remove` puts everything back."""
 
-    def __init__(self, transformer: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, transformer: nn.Module, recipe: Recipe, *, beside: Sequence[nn.Module] = ()) -> None:
         self.transformer: Any = _unwrapped(transformer)  # Any: torch knows a module's own attributes as its kinds only
         self._door = transformer  # what is called: torch.compile's wrapper where there is one
         self.family = family_of(self.transformer)
@@ -106,10 +107,20 @@ class Handle:
                 "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
                 "or remove the first handle, before applying another recipe."
             )
+        if not recipe.quantize.keep and wants_stack(recipe) and STACK not in self.transformer.__dict__:
+            raise ValueError(
+                "quantize.keep is false, so the original weights could not be put back in the end: quantise for good "
+                "with hasten.prepare(pipe, recipe) before, or set keep = true."
+            )
+        self.stack, self._owns_stack = stack_for(self.transformer, recipe, beside=beside)
         self.attention: HungAttention | None = None
-        if recipe.attention.backend != "unchanged":
-            self.attention = HungAttention(self.family.blocks, recipe.attention)
-        self._hang()
+        try:
+            if recipe.attention.backend != "unchanged":
+                self.attention = HungAttention(self.family.blocks, recipe.attention)
+            self._hang()
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def reports(self) -> list[Report]:
@@ -151,6 +162,9 @@ class Handle:
             self.attention.remove()
         if self.insides is not None:
             self.insides.leave()
+        if self._owns_stack and self.stack is not None:
+            self.stack.undo()
+            self._owns_stack = False
 
     def await_run(
         self,
@@ -196,6 +210,8 @@ class Handle:
             report = session.close()
             if self.attention is not None:
                 self.attention.tell(report)
+            if self.stack is not None:
+                self.stack.tell(report)
             if report.evaluations:
                 self._finished.append(report)
 
@@ -349,7 +365,8 @@ class Accelerated:
         return None if self._handle is None else self._handle.report
 
     def __enter__(self) -> Accelerated:
-        self._handle = Handle(self.pipe.transformer, self.recipe)
+        beside = modules_beside(self.pipe, self.recipe.compile)
+        self._handle = Handle(self.pipe.transformer, self.recipe, beside=beside)
         self._handle.watch = self.watch
         try:
             self._runs = [Runs.of(self.pipe.scheduler)]
@@ -398,6 +415,25 @@ def apply(transformer: nn.Module, recipe: RecipeLike = "balanced") -> Handle:
     names.
     """
     return Handle(transformer, Recipe.load(recipe))
+
+
+def prepare(model: Any, recipe: RecipeLike, *, device: torch.device | str | None = None) -> Stack:
+    """Does once what the recipe's [compile] and [quantize] ask for, to a pipeline or a bare transformer; for good.
+
+    Runs that follow, under this recipe or under one without those sections, stand on it; the stack's `undo` takes it
+    back. device: where quantised weights are made, one layer at a time, before the rest of the model is moved there.
+    Raises ValueError in one sentence for what this machine cannot do, or when it was done otherwise already.
+    """
+    wanted = Recipe.load(recipe)
+    transformer = _unwrapped(getattr(model, "transformer", model))
+    family_of(transformer)
+    if not wants_stack(wanted):
+        raise ValueError("the recipe asks for nothing to be done to the model: give it a [compile] or [quantize].")
+    beside = modules_beside(model, wanted.compile)
+    at = None if device is None else torch.device(device)
+    stack, _ = stack_for(transformer, wanted, beside=beside, device=at)
+    assert stack is not None
+    return stack
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

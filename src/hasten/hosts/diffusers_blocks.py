@@ -30,6 +30,10 @@ class FusedDouble(nn.Module):
         """Text and image after the block."""
         block: Any = self.block
         attn = block.attn
+        if not _still_plain(block, joint_attention_kwargs):
+            return block._call_impl(  # type: ignore[no-any-return]
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
         parts = blocks.Double(
             text=blocks.Stream(
                 block.norm1_context.linear,
@@ -80,6 +84,10 @@ class FusedSingle(nn.Module):
         """Text and image after the block."""
         block: Any = self.block
         attn = block.attn
+        if not _still_plain(block, joint_attention_kwargs):
+            return block._call_impl(  # type: ignore[no-any-return]
+                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+            )
         parts = blocks.Single(
             mods=block.norm.linear,
             qkv=[Part(attn.to_q), Part(attn.to_k), Part(attn.to_v)],
@@ -125,6 +133,14 @@ def lay_layers_together(block: nn.Module) -> None:
                 getattr(layer, name).data = tensor
 
 
+def lay_layers_apart(block: nn.Module) -> None:
+    """Gives each layer memory of its own again; those that have are left alone."""
+    for layer in (layer for layers in _side_by_side(block) for layer in layers):
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                tensor.data = tensor.data.clone()
+
+
 def _side_by_side(block: Any) -> list[list[Any]]:
     attn = block.attn
     groups = [[attn.to_q, attn.to_k, attn.to_v]]
@@ -136,13 +152,44 @@ def _side_by_side(block: Any) -> list[list[Any]]:
 
 
 def _plain(block: nn.Module) -> bool:
-    """Whether the block's layers are linear layers and nothing else (no adapters), its attention FLUX's own."""
+    """Whether the block is FLUX's own: its attention, plain layers with plain weights, no hook (offloading, casting)
+    on any part, for a hook would never be called."""
     attn: Any = block.attn
+    processor = attn.processor
     known = ("FluxAttnProcessor", "HastenFluxAttnProcessor")
-    if type(attn.processor).__name__ not in known or attn.processor._parallel_config is not None:
+    if type(processor).__name__ not in known or getattr(attn, "fused_projections", False):
         return False
-    names = {name.rsplit(".", 1)[-1] for name, _ in block.named_modules()}
-    return not any("lora" in name for name in names)
+    if getattr(processor, "_parallel_config", None) is not None or not _layers_are_plain(block):
+        return False
+    for layer in _layers(block):
+        if layer.bias is None or (type(layer) is nn.Linear and type(layer.weight) is not nn.Parameter):
+            return False
+    return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in block.modules())
+
+
+def _still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None) -> bool:
+    """Whether this call may go through the fused block: adapters may have come since (LoRA), or an attention that
+    takes more than queries, keys and values."""
+    extra = joint_attention_kwargs and any(name != "scale" for name in joint_attention_kwargs)
+    return not extra and _layers_are_plain(block)
+
+
+def _layers_are_plain(block: nn.Module) -> bool:
+    return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in _layers(block))
+
+
+def _layers(block: Any) -> list[Any]:
+    """Every linear layer of a block."""
+    attn = block.attn
+    shared = [attn.to_q, attn.to_k, attn.to_v]
+    if not hasattr(attn, "add_q_proj"):
+        return [*shared, block.norm.linear, block.proj_mlp, block.proj_out]
+    return [
+        *shared,
+        *(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_out[0], attn.to_add_out),
+        *(block.norm1.linear, block.norm1_context.linear),
+        *(block.ff.net[0].proj, block.ff.net[2], block.ff_context.net[0].proj, block.ff_context.net[2]),
+    ]
 
 
 def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

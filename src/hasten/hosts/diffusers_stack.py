@@ -6,55 +6,196 @@ and forwards. `undo` gives calls back, and weights where their originals were ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hasten.compile import Compiler
-from hasten.hosts.diffusers_blocks import fused, lay_layers_together
-from hasten.quantize import FORMATS, Quantised
+from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
+from hasten.quantize import FORMATS, Quantised, format_for
+from hasten.recipe import Recipe
+from hasten.report import Report
+from hasten.sections import Compile, Quantize
 
 # What stays in the model's own dtype, and why. Modulation sees one row for each picture: nothing to gain, and its error
 # falls on every token. Embedders and the last layer are small and stand at the ends, where no later layer evens it out.
 QUANTISED = ("attn.", "ff.", "ff_context.", "proj_mlp", "proj_out")
 
+STACK = "hasten_stack"  # where a transformer's stack is found again
+
 
 class Stack:
-    """What was done to one transformer. bits: "fp8", "int8" or None; say: takes a sentence for the report."""
+    """What was done to one transformer, and to the modules beside it that are compiled too.
+
+    device: where quantised weights are made; the weights' own if left out. Raises ValueError in one sentence for
+    settings that the machine cannot follow; nothing is changed then.
+    """
 
     def __init__(
         self,
         transformer: nn.Module,
+        compile: Compile | None = None,
+        quantize: Quantize | None = None,
         *,
-        bits: str | None = None,
-        fuse: bool = True,
-        compiler: Compiler | None = None,
-        keep: bool = False,
-        say: Callable[[str], None] = lambda text: None,
+        beside: Sequence[nn.Module] = (),
+        device: torch.device | None = None,
     ) -> None:
-        self.compiler = compiler
-        self._blocks: list[Any] = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]  # type: ignore[misc]
-        self._before = [block._compiled_call_impl for block in self._blocks]
+        self.transformer = transformer
+        self.compile, self.quantize = compile or Compile(), quantize or Quantize()
+        self.notes: list[str] = []
+        self._told = (0, 0.0)
+        blocks = blocks_of(transformer)
+        at = device or next(transformer.parameters()).device
+        bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
+        wants = self.compile.blocks or self.compile.decoder or self.compile.text
+        self.compiler = self._compiler() if wants else None
         self._quantised: Quantised | None = None
         if bits is not None:
-            self._quantised = Quantised(self._blocks, FORMATS[bits], wanted=_wanted, keep=keep)
-        for block in self._blocks:
-            stand_in = fused(block) if fuse else None
-            if stand_in is not None:
-                lay_layers_together(block)
-            call = stand_in or block
-            block._compiled_call_impl = call._call_impl if compiler is None else compiler.compile(call)
+            if not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
+                raise ValueError(
+                    f"{type(transformer).__name__} has none of the layers that are kept in 8 bits, which are FLUX's: "
+                    "leave [quantize] out."
+                )
+            self._quantised = Quantised(blocks, FORMATS[bits], wanted=_wanted, keep=self.quantize.keep, device=device)
+        self._taken: list[tuple[nn.Module, Any, Any]] = []
+        fuse = self.compile.fuse == "always" or (self.compile.fuse == "auto" and (self.compile.blocks or bits))
+        self._laid = [block for block in blocks if fuse and self._take_block(block)]
+        if not fuse and self.compile.blocks:
+            for block in blocks:
+                self._take(block, block)
+        for module in beside:
+            self._take(module, module)
+        self.words = self._describe(bits)
+        transformer.__dict__[STACK] = self
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @property
+    def graphs(self) -> int:
+        """How many graphs were compiled so far."""
+        return 0 if self.compiler is None else self.compiler.graphs
+
+    def tell(self, report: Report) -> None:
+        """Writes into a run's report what the model is, and what was compiled since the last one."""
+        seconds = 0.0 if self.compiler is None else self.compiler.seconds
+        report.model = self.words
+        report.graphs, report.compile_s = self.graphs - self._told[0], seconds - self._told[1]
+        self._told = self.graphs, seconds
+        for note in self.notes:
+            report.note(note)
+
+    def serves(self, recipe: Recipe) -> bool:
+        """Whether the model is already what the recipe asks for; one that asks for nothing takes it as it is."""
+        wanted = recipe.compile, replace(recipe.quantize, keep=True)
+        return not wants_stack(recipe) or wanted == (self.compile, replace(self.quantize, keep=True))
+
     def undo(self) -> None:
-        """Gives the blocks their calls back, and their weights where they were kept."""
-        for block, before in zip(self._blocks, self._before, strict=True):
-            block._compiled_call_impl = before
+        """Gives the blocks their calls and their weights back.
+
+        Raises ValueError, before anything is changed, when the original weights were not kept.
+        """
         if self._quantised is not None:
             self._quantised.undo()
+        for module, ours, before in self._taken:
+            if module._compiled_call_impl is not ours:
+                continue  # compiled by someone else since: left in place
+            if before is None:
+                del module.__dict__["_compiled_call_impl"]
+            else:
+                module._compiled_call_impl = before
+        for block in self._laid:
+            lay_layers_apart(block)
+        self._taken, self._laid = [], []
+        if self.transformer.__dict__.get(STACK) is self:
+            del self.transformer.__dict__[STACK]
+
+    def _compiler(self) -> Compiler:
+        settings = self.compile
+        return Compiler(
+            backend=settings.backend,
+            dynamic=True if settings.dynamic else None,
+            limit=settings.limit,
+            say=self.notes.append,
+        )
+
+    def _take_block(self, block: nn.Module) -> bool:
+        """Whether the block runs as fused passes from now on; if not, it is at most compiled."""
+        stand_in = fused(block)
+        if stand_in is not None:
+            lay_layers_together(block)
+        if stand_in is not None or self.compile.blocks:
+            self._take(block, stand_in or block, compiled=self.compile.blocks)
+        return stand_in is not None
+
+    def _take(self, module: nn.Module, call: nn.Module, *, compiled: bool = True) -> None:
+        before = module.__dict__.get("_compiled_call_impl")
+        ours = self.compiler.compile(call) if compiled and self.compiler is not None else call._call_impl
+        module._compiled_call_impl = ours
+        self._taken.append((module, ours, before))
+
+    def _describe(self, bits: str | None) -> str:
+        compiled = self.compiler is not None and self.compiler.works
+        words = [f"blocks in {bits}"] if bits is not None else []
+        words += ["fused passes"] if self._laid else []
+        words += ["compiled"] if compiled else []
+        return ", ".join(words)
+
+
+def wants_stack(recipe: Recipe) -> bool:
+    """Whether the recipe asks for anything to be done to the model itself."""
+    compile = recipe.compile
+    asked = compile.blocks or compile.decoder or compile.text or compile.fuse == "always"
+    return asked or recipe.quantize.format != "none"
+
+
+def stack_for(
+    transformer: nn.Module,
+    recipe: Recipe,
+    *,
+    beside: Sequence[nn.Module] = (),
+    device: torch.device | None = None,
+) -> tuple[Stack | None, bool]:
+    """The stack that the recipe's runs stand on, and whether it was made for them. Raises ValueError.
+
+    One that is there already serves every recipe that asks for the same, or for nothing.
+    """
+    found: Stack | None = transformer.__dict__.get(STACK)
+    if found is not None:
+        if found.serves(recipe):
+            return found, False
+        raise ValueError(
+            "this model is compiled or quantised already, otherwise than the recipe's [compile] and [quantize] say: "
+            "undo that first, or leave the two sections out."
+        )
+    if not wants_stack(recipe):
+        return None, False
+    return Stack(transformer, recipe.compile, recipe.quantize, beside=beside, device=device), True
+
+
+def modules_beside(pipe: Any, compile: Compile) -> list[nn.Module]:
+    """What of a pipeline is compiled beside the transformer: the decoder as it is, encoders layer by layer."""
+    found: list[nn.Module] = []
+    if compile.decoder and getattr(pipe, "vae", None) is not None:
+        found.append(pipe.vae.decoder)
+    if compile.text:
+        for name in ("text_encoder", "text_encoder_2"):
+            found += _layers(getattr(pipe, name, None))
+    return found
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """The transformer's blocks in the order they run."""
+    return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+def _layers(encoder: nn.Module | None) -> Iterator[nn.Module]:
+    """The modules that an encoder repeats."""
+    for module in () if encoder is None else encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1:
+            yield from module
 
 
 def _wanted(name: str) -> bool:

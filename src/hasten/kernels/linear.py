@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hasten.kernels.operation import operation
+
 FP8 = torch.float8_e4m3fn
 
 
@@ -102,7 +104,19 @@ def _parts(rows: int, split: int, text: Sequence[Tensor], image: Sequence[Tensor
     return [(begin, end, is_text) for begin, end, is_text in both if end > begin]
 
 
-@torch.library.custom_op("hasten::linear_rows", mutates_args=())
+def _linear_rows_shapes(
+    rows: Tensor,
+    split: int,
+    text: list[Tensor],
+    text_bias: list[Tensor],
+    image: list[Tensor],
+    image_bias: list[Tensor],
+    gelu: bool,
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], sum(w.shape[0] for w in image)))
+
+
+@operation("linear_rows", shapes=_linear_rows_shapes)
 def _linear_rows(
     rows: Tensor,
     split: int,
@@ -135,32 +149,33 @@ def _linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> 
     target.copy_(torch.nn.functional.gelu(summed, approximate="tanh"))
 
 
-@_linear_rows.register_fake
-def _(
-    rows: Tensor,
-    split: int,
-    text: list[Tensor],
-    text_bias: list[Tensor],
-    image: list[Tensor],
-    image_bias: list[Tensor],
-    gelu: bool,
-) -> Tensor:
-    return rows.new_empty((rows.shape[0], sum(w.shape[0] for w in image)))
+def _linear_beside_shapes(before: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], weight.shape[0]))
 
 
-@torch.library.custom_op("hasten::linear_beside", mutates_args=())
+@operation("linear_beside", shapes=_linear_beside_shapes)
 def _linear_beside(before: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     width = before.shape[1]
     out = torch.addmm(bias, before, weight[:, :width].t())
     return out.addmm_(hidden, weight[:, width:].t())
 
 
-@_linear_beside.register_fake
-def _(before: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return hidden.new_empty((hidden.shape[0], weight.shape[0]))
+def _linear_rows_8_shapes(
+    rows: Tensor,
+    scales: Tensor,
+    split: int,
+    text: list[Tensor],
+    text_scales: list[Tensor],
+    text_bias: list[Tensor],
+    image: list[Tensor],
+    image_scales: list[Tensor],
+    image_bias: list[Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], sum(w.shape[0] for w in image)), dtype=dtype)
 
 
-@torch.library.custom_op("hasten::linear_rows_8", mutates_args=())
+@operation("linear_rows_8", shapes=_linear_rows_8_shapes)
 def _linear_rows_8(
     rows: Tensor,
     scales: Tensor,
@@ -184,22 +199,6 @@ def _linear_rows_8(
             )
             at += width
     return out
-
-
-@_linear_rows_8.register_fake
-def _(
-    rows: Tensor,
-    scales: Tensor,
-    split: int,
-    text: list[Tensor],
-    text_scales: list[Tensor],
-    text_bias: list[Tensor],
-    image: list[Tensor],
-    image_scales: list[Tensor],
-    image_bias: list[Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    return rows.new_empty((rows.shape[0], sum(w.shape[0] for w in image)), dtype=dtype)
 
 
 def _multiply_8(rows: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, out: Tensor) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.kernels.operation import operation
+
 FP8 = torch.float8_e4m3fn
 LIMITS = {FP8: 448.0, torch.int8: 127.0}
 
@@ -238,7 +240,21 @@ def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("hasten::norm_modulate", mutates_args=())
+def _norm_modulate_shapes(
+    text: Tensor,
+    image: Tensor,
+    text_mods: Tensor,
+    image_mods: Tensor,
+    shift: int,
+    scale: int,
+    joint: bool,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return _empty_rows(image, text.shape[0] * (text.shape[1] + image.shape[1]), image.shape[2], dtype)
+
+
+@operation("norm_modulate", shapes=_norm_modulate_shapes)
 def _norm_modulate(
     text: Tensor,
     image: Tensor,
@@ -301,22 +317,23 @@ def norm_modulate_by_triton(
     return rows, scales
 
 
-@_norm_modulate.register_fake
-def _(
+def _add_norm_modulate_shapes(
     text: Tensor,
     image: Tensor,
+    update: Tensor,
     text_mods: Tensor,
     image_mods: Tensor,
+    gate: int,
     shift: int,
     scale: int,
-    joint: bool,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _empty_rows(image, text.shape[0] * (text.shape[1] + image.shape[1]), image.shape[2], dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, scales = _empty_rows(image, update.shape[0], image.shape[2], dtype)
+    return text.new_empty(text.shape), image.new_empty(image.shape), rows, scales
 
 
-@torch.library.custom_op("hasten::add_norm_modulate", mutates_args=())
+@operation("add_norm_modulate", shapes=_add_norm_modulate_shapes)
 def _add_norm_modulate(
     text: Tensor,
     image: Tensor,
@@ -385,24 +402,13 @@ def add_norm_modulate_by_triton(
     return *out, rows, scales
 
 
-@_add_norm_modulate.register_fake
-def _(
-    text: Tensor,
-    image: Tensor,
-    update: Tensor,
-    text_mods: Tensor,
-    image_mods: Tensor,
-    gate: int,
-    shift: int,
-    scale: int,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, scales = _empty_rows(image, update.shape[0], image.shape[2], dtype)
-    return text.new_empty(text.shape), image.new_empty(image.shape), rows, scales
+def _add_gated_shapes(
+    text: Tensor, image: Tensor, update: Tensor, text_mods: Tensor, image_mods: Tensor, gate: int, joint: bool
+) -> tuple[Tensor, Tensor]:
+    return text.new_empty(text.shape), image.new_empty(image.shape)
 
 
-@torch.library.custom_op("hasten::add_gated", mutates_args=())
+@operation("add_gated", shapes=_add_gated_shapes)
 def _add_gated(
     text: Tensor, image: Tensor, update: Tensor, text_mods: Tensor, image_mods: Tensor, gate: int, joint: bool
 ) -> tuple[Tensor, Tensor]:
@@ -429,14 +435,12 @@ def add_gated_by_triton(
     return out
 
 
-@_add_gated.register_fake
-def _(
-    text: Tensor, image: Tensor, update: Tensor, text_mods: Tensor, image_mods: Tensor, gate: int, joint: bool
-) -> tuple[Tensor, Tensor]:
-    return text.new_empty(text.shape), image.new_empty(image.shape)
+def _gelu_beside_shapes(before: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    width = hidden.shape[1] + (0 if before is None else before.shape[1])
+    return _empty_rows(hidden, hidden.shape[0], width, dtype)
 
 
-@torch.library.custom_op("hasten::gelu_beside", mutates_args=())
+@operation("gelu_beside", shapes=_gelu_beside_shapes)
 def _gelu_beside(before: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if _use_triton(hidden):
         return gelu_beside_by_triton(before, hidden, dtype)
@@ -473,13 +477,11 @@ def gelu_beside_by_triton(
     return rows, scales
 
 
-@_gelu_beside.register_fake
-def _(before: Tensor | None, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    width = hidden.shape[1] + (0 if before is None else before.shape[1])
-    return _empty_rows(hidden, hidden.shape[0], width, dtype)
+def _split_streams_shapes(joint: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _empty_rows(joint, joint.shape[0] * joint.shape[1], joint.shape[2], dtype)
 
 
-@torch.library.custom_op("hasten::split_streams", mutates_args=())
+@operation("split_streams", shapes=_split_streams_shapes)
 def _split_streams(joint: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if _use_triton(joint):
         return split_streams_by_triton(joint, length, dtype)
@@ -509,12 +511,25 @@ def split_streams_by_triton(joint: Tensor, length: int, dtype: torch.dtype) -> t
     return rows, scales
 
 
-@_split_streams.register_fake
-def _(joint: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return _empty_rows(joint, joint.shape[0] * joint.shape[1], joint.shape[2], dtype)
+def _norm_rope_shapes(
+    qkv: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    image_q: Tensor,
+    image_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    batch: int,
+    length: int,
+    heads: int,
+    joint: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (batch, qkv.shape[0] // batch, heads, text_q.shape[0])
+    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-@torch.library.custom_op("hasten::norm_rope", mutates_args=())
+@operation("norm_rope", shapes=_norm_rope_shapes)
 def _norm_rope(
     qkv: Tensor,
     text_q: Tensor,
@@ -592,22 +607,3 @@ def norm_rope_by_triton(
             num_warps=4,
         )
     return q, k, v
-
-
-@_norm_rope.register_fake
-def _(
-    qkv: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    image_q: Tensor,
-    image_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    batch: int,
-    length: int,
-    heads: int,
-    joint: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (batch, qkv.shape[0] // batch, heads, text_q.shape[0])
-    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)

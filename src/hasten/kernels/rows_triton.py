@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -61,7 +62,7 @@ def residual_norm(  # type: ignore[no-untyped-def]
     if JOINT:  # rows of one sequence, image behind text, batch after batch
         base = b * (length + tokens) + tl.where(is_text, 0, length)
     else:  # all text rows, then all image rows
-        base = tl.where(is_text, b * length, batch.to(tl.int64) * length + b * tokens)
+        base = tl.where(is_text, b * length, batch * length + b * tokens)
     column = tl.arange(0, BLOCK)
     inside = column < width
     if UPDATES:
@@ -135,9 +136,7 @@ def split_row(  # type: ignore[no-untyped-def]
     """One row of a joint sequence to its place among all text rows, then all image rows."""
     position = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    row = tl.where(
-        position < length, b * length + position, batch.to(tl.int64) * length + b * tokens + position - length
-    )
+    row = tl.where(position < length, b * length + position, batch * length + b * tokens + position - length)
     column = tl.arange(0, BLOCK)
     inside = column < width
     values = tl.load(x + b * x_batch + position.to(tl.int64) * x_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -159,7 +158,7 @@ def norm_rope(  # type: ignore[no-untyped-def]
     if JOINT:
         row = b * total + position
     else:
-        row = tl.where(is_text, b * length + position, batch.to(tl.int64) * length + b * tokens + position - length)
+        row = tl.where(is_text, b * length + position, batch * length + b * tokens + position - length)
     head = tl.arange(0, HEADS)[:, None]
     channel = tl.arange(0, 2 * HALF)[None, :]
     inside = head < heads
@@ -183,5 +182,10 @@ def norm_rope(  # type: ignore[no-untyped-def]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Runs a kernel over `grid`."""
-    kernel[grid](*args, **options)
+    """Runs a kernel over `grid`, on the device that its first tensor lies on."""
+    at = args[0].device
+    if at.type != "cuda" or at.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(at):  # Triton launches on the current device
+        kernel[grid](*args, **options)

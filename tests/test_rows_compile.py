@@ -1,0 +1,108 @@
+"""Every launch of rows.py compiles for a real GPU: Triton's interpreter takes what its compiler refuses.
+
+The compiler makes an argument that equals 1 a constant of its own (batch 1, one token), which has no methods. Launches
+are recorded as they would go out and compiled for compute capability 9.0; no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.kernels import rows
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("the interpreter stands in for the compiler", allow_module_level=True)
+
+FP8 = torch.float8_e4m3fn
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    FP8: "*fp8e4nv",
+    torch.int8: "*i8",
+}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """What `work` would launch."""
+    found: list[Launch] = []
+    module = rows.triton_kernels()
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: found.append((kernel, args, options)))
+    work()
+    return found
+
+
+def compile_for_hopper(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The kernel compiled as its launcher would on a GPU of compute capability 9.0."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name], whole = TYPES[value.dtype], True
+        elif isinstance(value, float):
+            signature[name], whole = "fp32", False
+        elif value == 1:
+            signature[name], constants[name], whole = "constexpr", 1, False
+        else:
+            signature[name], whole = "i32", value % 16 == 0
+        if whole:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    how = {name: value for name, value in options.items() if name not in kernel.arg_names}
+    for name in kernel.arg_names[len(args) :]:
+        signature[name], constants[name] = "constexpr", options[name]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
+    "norm_modulate": lambda b, t, n, dtype, joint: rows.norm_modulate_by_triton(
+        noise(b, t, 256), noise(b, n, 256), noise(b, 1536), noise(b, 1536), 0, 1, joint, 1e-6, dtype
+    ),
+    "add_norm_modulate": lambda b, t, n, dtype, joint: rows.add_norm_modulate_by_triton(
+        *(noise(b, t, 256), noise(b, n, 256), noise(b * (t + n), 256), noise(b, 1536), noise(b, 1536)),
+        *(2, 3, 4, 1e-6, dtype),
+    ),
+    "add_gated": lambda b, t, n, dtype, joint: rows.add_gated_by_triton(
+        noise(b, t, 256), noise(b, n, 256), noise(b * (t + n), 256), noise(b, 768), noise(b, 768), 2, joint
+    ),
+    "gelu": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
+        noise(b * n, 256) if joint else None, noise(b * n, 1024), dtype
+    ),
+    "split": lambda b, t, n, dtype, joint: rows.split_streams_by_triton(noise(b, t + n, 256), t, dtype),
+    "norm_rope": lambda b, t, n, dtype, joint: rows.norm_rope_by_triton(
+        *(noise(b * (t + n), 1024), (noise(128),) * 4, noise(t + n, 64), noise(t + n, 64)),
+        *(b, t, 2, joint, 1e-6),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize(("batch", "text", "image"), [(1, 1, 1), (1, 16, 32), (2, 0, 33)])
+def test_every_launch_compiles_for_a_gpu(
+    name: str, batch: int, text: int, image: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [(dtype, joint) for dtype in (torch.bfloat16, FP8) for joint in (True, False)]
+    done = set()
+    for dtype, joint in kinds:
+        for kernel, args, options in launches(
+            lambda d=dtype, j=joint: WORK[name](batch, text, image, d, j), monkeypatch
+        ):
+            key = (dtype if "QUANTISES" in options else None, tuple(options.items()))
+            if key not in done:
+                done.add(key)
+                assert "cubin" in compile_for_hopper(kernel, args, options).asm
+    assert done
