@@ -17,6 +17,9 @@ from PIL import Image
 pytestmark = [pytest.mark.comfy, pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # inputs that stand on the node; all others are sockets
+
+
 def prompt(seed: int, *, steps: int = 12, **fast: Any) -> dict[str, Any]:
     """The flux-nano template as the API takes it. fast: the node between loader and sampler."""
     kind = fast.pop("kind", "Lightning")
@@ -63,7 +66,7 @@ def test_templates_have_a_picture_and_values_that_this_comfyui_takes(server: Ser
         given = list(node["widgets_values"])
         for name, spec in widgets:
             kind, rules = spec[0], spec[1] if len(spec) > 1 else {}
-            if isinstance(kind, str) and kind not in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+            if isinstance(kind, str) and kind not in WIDGETS:
                 continue  # a socket
             value = given.pop(0)
             if kind in ("INT", "FLOAT"):
@@ -129,6 +132,52 @@ def test_bypassing_the_node_gives_stocks_picture(server: Server) -> None:
     without["6"]["inputs"]["seed"] = 21
     again, _ = server.run(without)
     assert np.array_equal(pixels(server, again), pixels(server, stock))
+
+
+@needs_nano
+def test_the_original_packs_example_runs(server: Server) -> None:
+    """The template as it is, with flux-nano in the place of the files that it asks for, at its size."""
+    file = ROOT / "example_workflows" / "Original pack example.json"
+    graph = as_prompt(server, json.loads(file.read_text(encoding="utf-8")))
+    loaders = {"UNETLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+    slots = {key: loaders[node["class_type"]] for key, node in graph.items() if node["class_type"] in loaders}
+    for key in slots:
+        del graph[key]
+    graph["nano"] = {"class_type": "LoadFluxNano", "inputs": {}}
+    for node in graph.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in slots:
+                node["inputs"][name] = ["nano", slots[value[0]]]
+            elif name in ("width", "height"):
+                node["inputs"][name] = 128
+    outputs, lines = server.run(graph)
+    kinds = {node["class_type"]: key for key, node in graph.items()}
+    assert outputs[kinds["SaveImage"]]["images"]
+    said = {kind: lines[key][-1] for kind, key in kinds.items() if key in lines}
+    assert said["ApplyFBCacheAndSkipBlocks"].startswith("computed ")
+    assert "on the skip list not found" in said["ApplyFBCacheAndSkipBlocks"]  # flux-nano has no block 6
+    assert "package sageattention" in said["ApplySageAttention"] or "attention sage" in said["ApplySageAttention"]
+    assert "blocks are compiled" in said["CompileAndQuantizeModel"] or "not compiled" in said["CompileAndQuantizeModel"]
+
+
+def as_prompt(server: Server, workflow: dict[str, Any]) -> dict[str, Any]:
+    """What the page sends for a saved workflow: values by name, links by node and slot."""
+    listed = server.get("/object_info")
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        info = listed[node["type"]]["input"]
+        inputs = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        given = list(node["widgets_values"])
+        for name, spec in ((n, s) for part in ("required", "optional") for n, s in info.get(part, {}).items()):
+            if given and name not in inputs and (isinstance(spec[0], list) or spec[0] in WIDGETS):
+                inputs[name] = given.pop(0)
+                if name in ("seed", "noise_seed"):
+                    given.pop(0)  # "fixed"
+        graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph
 
 
 @needs_nano
