@@ -171,3 +171,13 @@ def test_a_trespass_is_found(tmp_path: Path, module: str, line: str) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("import math\n" + line + "\n", encoding="utf-8")
     assert len(trespasses(tmp_path)) == 1
+
+
+def test_at_import_the_comfyui_host_asks_comfyui_for_the_node_api_alone() -> None:
+    """What changes in one model family of ComfyUI must not take the pack down: all else is imported as a node runs."""
+    for file in (SOURCE / "hasten" / "hosts").glob("comfy*.py"):
+        at_import = [n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ImportFrom)]
+        plain = [n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.Import)]
+        names = {str(n.module) for n in at_import} | {alias.name for n in plain for alias in n.names}
+        comfyui = {name for name in names if name.split(".")[0] in ("comfy", "comfy_api", "comfy_extras", "nodes")}
+        assert comfyui <= {"comfy_api.latest"}, file.name
