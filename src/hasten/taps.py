@@ -37,11 +37,15 @@ class Taps:
                 setattr(module, NAME, Tap())
                 self._on[id(module)] = module, module.register_forward_hook(_record)
 
+    def empty(self) -> None:
+        """Forgets everything that was heard."""
+        empty(module for module, _ in self._on.values())
+
     def take_off(self) -> None:
         """Leaves every module as it was."""
         for module, handle in self._on.values():
             handle.remove()
-            delattr(module, NAME)
+            module.__dict__.pop(NAME, None)
         self._on.clear()
 
 
@@ -60,6 +64,7 @@ def empty(modules: Iterable[nn.Module]) -> None:
 
 
 def _record(module: Any, given: Any, out: Any) -> None:
-    tap = module.hasten_tap
-    tap.given = given
-    tap.out = out
+    tap = getattr(module, NAME, None)
+    if tap is not None:
+        tap.given = given
+        tap.out = out

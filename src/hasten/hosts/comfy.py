@@ -21,10 +21,12 @@ from torch import Tensor
 from hasten.anatomy import Anatomy, flux
 from hasten.call import Call
 from hasten.gate import Gate, gate_model
+from hasten.hosts.comfy_parts import FluxParts, has_mlp, tapped
 from hasten.plan import make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
 from hasten.session import Session
+from hasten.taps import Taps, empty
 
 # Our place in `transformer_options`, and the key of our wrappers.
 KEY = "hasten"
@@ -177,6 +179,7 @@ class Run:
         self.sigma: float | None = None
         self.latest: Held | None = None
         self.gates: dict[tuple[str, int], Patch] = {}
+        self.taps, self.foreign, self.grid = Taps(), False, (0, 0)
         for remark in self.remarks:
             self.session.report.note(remark)
 
@@ -187,11 +190,12 @@ class Run:
         wrappers = to.setdefault("wrappers", {})
         wrappers.setdefault(PREDICT_NOISE, {})[KEY] = [self.predict_noise]
         wrappers.setdefault(APPLY_MODEL, {})[KEY] = [self.apply_model]
-        if self.plan.seams or self.plan.skip:
+        if self.plan.gated:
             dit = to.setdefault("patches_replace", {}).setdefault("dit", {})
             for block in range(self.blocks):
                 single = block >= self.doubles
                 name = ("single_block", block - self.doubles) if single else ("double_block", block)
+                self.foreign = self.foreign or dit.get(name) is not None
                 hang = _hung_on_single if single else _hung_on_double
                 dit[name] = self.gates[name] = hang(self, Gate(block), dit.get(name))
         return own
@@ -199,6 +203,7 @@ class Run:
     def close(self) -> Report:
         """Drops every tensor and every gate; gives the report."""
         self.gates.clear()
+        self.taps.take_off()
         self.latest = None
         return self.session.close()
 
@@ -239,6 +244,8 @@ class Run:
                 given[3] = own
         else:
             call.excuse = "another patch took over a block"
+        if self.plan.ratios:
+            self._listen(call, executor.class_obj.diffusion_model, x)
         try:
             with self._compiled_by_block(executor.class_obj):
                 if self.plan.whole_model:
@@ -247,8 +254,36 @@ class Run:
                     out = executor(x, t, *given, **kwargs)
         finally:
             self.latest = None
+            self.taps.empty()
         self.session.leave(call)
         return out
+
+    def _listen(self, call: Call, network: Any, x: Tensor) -> None:
+        """Taps what caches inside blocks look at; blocks that another pack replaces cannot be run in part."""
+        network = getattr(network, "_orig_mod", network)
+        for block in (*network.double_blocks, *network.single_blocks):
+            self.taps.put_on(self.tapped(block))
+        self.grid = ((x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2)  # patches of 2 x 2
+        if self.foreign:
+            call.excuse = "another patch is in a block's place, and in part it cannot be run"
+            self.session.report.note(call.excuse)
+
+    def tapped(self, block: Any) -> list[Any]:
+        """The modules of a block that are listened to."""
+        block = getattr(block, "_orig_mod", block)
+        return list(tapped(block, self.plan.refreshes and self.plan.tokens.score in ("attention", "value")))
+
+    def parts(self, held: Held, block: int, args: dict[str, Any]) -> FluxParts | None:
+        """The way into a block of this call, where the recipe reaches inside."""
+        if not self.plan.ratios:
+            return None
+        network = getattr(held.network, "_orig_mod", held.network)
+        blocks = network.double_blocks if block < self.doubles else network.single_blocks
+        inner = blocks[block if block < self.doubles else block - self.doubles]
+        rows, columns = self.grid
+        image = args["img"].shape[1] - (0 if block < self.doubles else held.text_tokens)
+        grid = (rows, columns) if rows * columns == image else None
+        return FluxParts(getattr(inner, "_orig_mod", inner), args, held.text_tokens, grid)
 
     def _whole(self, call: Call, x: Tensor, t: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The model as one span, in velocities: what the host hands over here is x - sigma * velocity.
@@ -371,7 +406,10 @@ def _hung_on_double(run: Run, gate: Gate, found: Patch | None) -> Patch:
             return DoubleStreams(image, {"img": image, "txt": args["txt"]}, None, None)
 
         entering = DoubleStreams(args["img"], args, args["vec"], held.network)
-        after = gate(held.call, entering, through, with_image)
+        parts = run.parts(held, gate.block, args)
+        after = gate(held.call, entering, through, with_image, parts)
+        if parts is not None:
+            empty(run.tapped(parts.block))
         return {"img": args["img"], "txt": args["txt"]} if after is entering else after.out
 
     return patch
@@ -395,7 +433,11 @@ def _hung_on_single(run: Run, gate: Gate, found: Patch | None) -> Patch:
             whole[:, text_tokens:] = image
             return JointStream(whole, text_tokens)
 
-        return {"img": gate(held.call, JointStream(joint, text_tokens), through, with_image).joint}
+        parts = run.parts(held, gate.block, args)
+        after = gate(held.call, JointStream(joint, text_tokens), through, with_image, parts)
+        if parts is not None:
+            empty(run.tapped(parts.block))
+        return {"img": after.joint}
 
     return patch
 
@@ -417,7 +459,11 @@ def anatomy_of(model: Any) -> Anatomy:
         raise ValueError(f"{type(model).__name__} is a family that is not known here (FLUX.1 is)")
     if getattr(getattr(model, "params", None), "global_modulation", False):
         raise ValueError("FLUX.2 is a family that is not known here (FLUX.1 is)")
-    return flux(len(model.double_blocks), len(model.single_blocks))
+    found = flux(len(model.double_blocks), len(model.single_blocks))
+    if all(hasattr(block, "img_mlp") for block in model.double_blocks) and has_mlp(model):
+        return found
+    closed = tuple(replace(s, parts=tuple(p for p in s.parts if p != "mlp")) for s in found.stages)
+    return replace(found, stages=closed)
 
 
 def fitted(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:

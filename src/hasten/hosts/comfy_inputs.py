@@ -90,6 +90,23 @@ def mbcache(threshold: float, thresholds: str, max_consecutive_hits: int, skip: 
     return Recipe(cache=cache, skip=skip)
 
 
+def toca(values: dict[str, Any]) -> Recipe:
+    """The original Apply ToCa node's recipe; its constants, and what it lacks, in `values`. Raises ValueError."""
+    tokens = {
+        "ratio": values["ratio"],
+        "double": values["double_share"],
+        "single": values["single_share"],
+        "depth": values["layers"],
+        "score": values["score"],
+        "staleness": values["staleness"],
+        "spatial": values["spatial"],
+        "full_first": values["full_first"],
+        "memory": values["memory"],
+    }
+    cache = {"method": "toca", "every": values["interval"], "first": False, "last": False}
+    return Recipe.from_dict({"schema": 1, "cache": cache, "tokens": tokens})
+
+
 def with_threshold(recipe: Recipe, threshold: float) -> tuple[Recipe, list[str]]:
     """The recipe with another threshold, where its method has one; below 0 the recipe's own is kept."""
     if threshold < 0:

@@ -11,7 +11,7 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io
 
 from hasten.hosts import comfy, comfy_attention, comfy_compile, comfy_inputs, comfy_lines, comfy_report
-from hasten.recipe import METHODS, Recipe, recipe_names
+from hasten.recipe import INSIDE_BLOCKS, METHODS, Recipe, recipe_names
 
 _log = logging.getLogger("hasten.comfy")
 RecipeType = io.Custom("LIGHTNING_RECIPE")
@@ -204,6 +204,137 @@ def attending(node: type[Lightning], model: Any, backend: str | None) -> Any:
     return io.NodeOutput(node.told(clone, "attention", f"attention {backend}", counts=True))
 
 
+class ApplyToCa(Lightning):
+    TITLE = "Apply ToCa"
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        optional: dict[str, Any] = {"optional": True}
+        return io.Schema(
+            node_id="ApplyToCa",
+            display_name=cls.TITLE,
+            category="Lightning/ToCa",
+            description="ToCa for FLUX.1: between full steps attention is reused, and only some tokens go through the "
+            "MLPs.",
+            inputs=[
+                _model(),
+                io.Int.Input(
+                    "interval",
+                    default=4,
+                    min=1,
+                    max=100,
+                    tooltip="So many steps from one full evaluation to the next; 1 computes all.",
+                    **optional,
+                ),
+                io.Float.Input(
+                    "ratio",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "The share of the tokens that go through the MLPs in the steps between, before the terms below."
+                    ),
+                    **optional,
+                ),
+                io.Combo.Input(
+                    "score",
+                    options=["attention", "value", "random", "age"],
+                    default="attention",
+                    tooltip=(
+                        "Which tokens come first: those that receive most attention, those with large "
+                        "values, any, or the oldest."
+                    ),
+                    **optional,
+                ),
+                io.Float.Input(
+                    "staleness",
+                    default=0.25,
+                    min=0.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip=(
+                        "What a token gains that was left out for a whole interval; beside 0.25 the score"
+                        " counts little."
+                    ),
+                    **optional,
+                ),
+                io.Int.Input(
+                    "full_first",
+                    default=3,
+                    min=0,
+                    max=100,
+                    tooltip="So many steps at the beginning are computed in full.",
+                    **optional,
+                ),
+                io.Float.Input(
+                    "double_share",
+                    default=0.4,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="What the ratio is multiplied by in double blocks.",
+                    **optional,
+                ),
+                io.Float.Input(
+                    "single_share",
+                    default=1.6,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="What the ratio is multiplied by in single blocks.",
+                    **optional,
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=["model", "original"],
+                    default="model",
+                    tooltip=(
+                        "The ratio falls from layer to layer: over the model's own number of them, or "
+                        "over 27 as in the original."
+                    ),
+                    **optional,
+                ),
+                io.Float.Input(
+                    "spatial",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip=(
+                        "What the best token of each cell of 4 x 4 gains, a share of its own score; the "
+                        "paper has 0.4, the original 0."
+                    ),
+                    **optional,
+                ),
+                io.Combo.Input(
+                    "memory",
+                    options=["model", "bf16", "fp8", "host"],
+                    default="model",
+                    tooltip=(
+                        "How it is kept: in the model's dtype, in 16 or 8 bits, or in the computer's memory (slower)."
+                    ),
+                    **optional,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, interval: int = 4, ratio: float = 0.1, score: str = "attention", staleness: float = 0.25,
+        full_first: int = 3, double_share: float = 0.4, single_share: float = 1.6, layers: str = "model",
+        spatial: float = 0.0, memory: str = "model",
+    ) -> Any:  # fmt: skip
+        values = {key: value for key, value in locals().items() if key not in ("cls", "model")}
+        try:
+            recipe = comfy_inputs.toca(values)
+        except ValueError as reason:
+            return cls.passed_through(reason, model)
+        return io.NodeOutput(cls.put(model, recipe, []))
+
+
 class ApplySageAttention(Lightning):
     TITLE = "Apply SageAttention"
 
@@ -342,7 +473,7 @@ class LightningRecipe(Lightning):
 
     @classmethod
     def define_schema(cls) -> Any:
-        methods = [name for name in METHODS if name not in ("schedule", "magcache")]
+        methods = [name for name in METHODS if name not in ("schedule", "magcache", *INSIDE_BLOCKS)]
         return io.Schema(
             node_id="LightningRecipe",
             display_name=cls.TITLE,
@@ -508,6 +639,7 @@ NODES = [
     ApplyTeaCacheAndSkipBlocks,
     ApplyFBCacheAndSkipBlocks,
     ApplyMBCacheAndSkipBlocks,
+    ApplyToCa,
     ApplySageAttention,
     ApplyFastCuDNNKernels,
     CompileAndQuantizeModel,
