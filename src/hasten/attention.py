@@ -81,6 +81,10 @@ class Attention:
             found = self._chosen[ask] = self._choose(ask)
         return found
 
+    def fits(self, ask: Ask) -> bool:
+        """Whether something that was asked for takes such calls, rather than torch's own in its stead."""
+        return self.choose(ask).name in CHAINS.get(self.wanted, (self.wanted,))
+
     def _choose(self, ask: Ask) -> Backend:
         names = CHAINS.get(self.wanted, (self.wanted,))
         fit = []

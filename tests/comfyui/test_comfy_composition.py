@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from hasten.attention_backends import BACKENDS, Backend
 from hasten.hosts import comfy as host
-from hasten.hosts import comfy_attention, comfy_compile
+from hasten.hosts import comfy_attention, comfy_compile, comfy_lines
 from hasten.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
@@ -273,6 +274,41 @@ def test_our_attention_is_near_cores(rig: Any, model: Any) -> None:
     assert torch.allclose(ours, stock, atol=1e-4)
     both = host.put_recipe(comfy_attention.put_attention(model, "sdpa"), NEVER)
     assert torch.equal(rig.sample(both), ours)
+
+
+def test_a_back_end_that_cannot_be_used_leaves_the_picture_and_says_why(
+    rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+    stock = rig.sample(model)
+    said: list[str] = []
+    monkeypatch.setattr(comfy_lines, "tell", lambda node, text: said.append(text))
+    for backend in ("sageattention", "int8_fp8", "sparse"):
+        put = comfy_attention.put_attention(model, backend)
+        told = comfy_lines.put_line(put, "attention", f"attention {backend}", node="1", title="t", counts=True)
+        assert torch.equal(rig.sample(told), stock)
+        assert "took 0 of 48 calls" in said[-1] and "needs an NVIDIA GPU" in said[-1]
+
+
+def test_a_back_end_takes_one_models_calls_and_no_others(rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+    calls: list[tuple[int, ...]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(q.shape))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) * 1.01
+
+    monkeypatch.setitem(BACKENDS, "int8", Backend("int8", "of the test", 0.03, lambda ask: None, attend))
+    stock = rig.sample(model)
+    eight = comfy_attention.put_attention(model, "int8")
+    assert not torch.equal(rig.sample(eight), stock)
+    assert calls and all(shape[0] >= 1 and len(shape) == 4 for shape in calls)
+    calls.clear()
+    assert torch.equal(rig.sample(model), stock)
+    assert torch.equal(rig.sample(comfy_attention.drop_attention(eight)), stock)
+    assert not calls
 
 
 @pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])

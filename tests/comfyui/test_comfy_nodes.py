@@ -78,7 +78,7 @@ def test_bad_input_is_one_line_on_the_node_and_the_model_unchanged(
         assert nodes[name].execute(**given)[0] is model
         assert said.pop().startswith("left as it is: skip_DoubleStreamBlocks is '3,,x' and holds an empty entry")
     assert nodes["ApplySageAttention"].execute(model, True)[0] is model
-    assert said.pop() == "left as it is: the package sageattention is not installed, attention is left as it is"
+    assert said.pop() == "left as it is: 8-bit attention needs an NVIDIA GPU, attention is left as it is"
     assert nodes["Lightning"].execute(model, "balanced", -1.0, {"schema": 1, "cach": {}})[0] is model
     assert "unknown key 'cach'" in said.pop()
 
@@ -110,7 +110,7 @@ def test_attention_and_compile_say_what_they_did(
                         "left as it is"]  # fmt: skip
         return
     rig.sample(attended)
-    assert said[-1].startswith("attention sdpa · took 48 of 48 calls · sampling took ")
+    assert said[-1].startswith("attention sdpa · took 48 of 48 calls by sdpa · sampling took ")
     compiled = nodes["LightningCompile"].execute(model, True, "eager")[0]
     rig.sample(compiled)
     assert said[-1].startswith("6 blocks are compiled as they first run (eager) · sampling took ")

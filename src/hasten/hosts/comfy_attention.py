@@ -7,7 +7,6 @@ whose settings last as long as one sampling run.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,24 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.attention import CHAINS, CHOICES, Attention
+from hasten.attention_backends import BACKENDS, Ask
 from hasten.hosts.comfy import ATTENTION, OUTER_SAMPLE
 from hasten.hosts.comfy_lines import counted
 
 SLOT = "optimized_attention_override"
 FAST_MATH = "hasten_fast_math"
 
-# What sageattention's kernels take (its README; other head sizes raise inside it).
-SAGE_HEADS = (64, 96, 128)
+# FLUX's usual text, where the host does not tell how many leading tokens are text.
+TEXT_ROWS = 512
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What each node's word asks of the registry: the original node wants 8 bits, with or without the package.
+WISHES = {"sageattention": "sage8"}
 
 
 def available(backend: str) -> str | None:
     """Why a back-end cannot be used here, in a sentence without its full stop, or None when it can."""
-    if backend == "sage" and importlib.util.find_spec("sageattention") is None:
-        return "the package sageattention is not installed, attention is left as it is"
-    if backend in ("sage", "cudnn") and not torch.cuda.is_available():
-        return f"{backend} attention needs an NVIDIA GPU, attention is left as it is"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # FLUX at 1024x1024; a call that is unlike it may still be refused, and says so when it comes.
+    ask = Ask(device, torch.bfloat16, 24, 128, 4608, 4608)
+    wish = WISHES.get(backend, backend)
+    reasons = [BACKENDS[name].supports(ask).reason for name in CHAINS.get(wish, (wish,))]
+    if all(reasons):
+        reason = next((r for r in reasons if r.startswith("needs")), reasons[0])
+        backend = "8-bit" if wish in CHAINS and backend != wish else backend
+        reason = f"{backend} attention {reason}" if reason.startswith(("needs", "takes")) else reason
+        return f"{reason}, attention is left as it is"
     core = sys.modules.get("comfy.ldm.modules.attention")
     if core is not None and not hasattr(core, "wrap_attn"):
         return "this ComfyUI takes no other attention (0.3.60 and newer do), attention is left as it is"
@@ -42,7 +50,7 @@ def available(backend: str) -> str | None:
 
 def choices() -> list[str]:
     """The back-ends that the node offers, whether or not they work here."""
-    return ["sdpa", "cudnn", "sage"]
+    return list(CHOICES)
 
 
 def put_attention(model: Any, backend: str) -> Any:
@@ -70,56 +78,36 @@ def drop_attention(model: Any) -> Any:
 
 def override(backend: str, found: Callable[..., Any] | None) -> Callable[..., Any]:
     """An override in ComfyUI's form; `found` is asked for what this one does not take."""
-    attend = {"sdpa": _sdpa, "cudnn": _cudnn, "sage": _sage}[backend]
-    takes = {"sdpa": _any_shape, "cudnn": _on_gpu, "sage": _for_sage}[backend]
+    said: list[str] = []
+    attention = Attention(WISHES.get(backend, backend), say=said.append)
 
     def overriding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         q, heads = args[0], args[3] if len(args) > 3 else kwargs["heads"]
         mask = args[4] if len(args) > 4 else kwargs.get("mask")
         separate = kwargs.get("skip_reshape", False)
-        head_dim = q.shape[-1] if separate else q.shape[-1] // heads
-        takes_it = mask is None and takes(q, head_dim)
-        counted(kwargs, takes_it)
+        q, k, v = args[:3]
+        # ComfyUI's own does the same with heads side by side; the views cost nothing where the call is not taken.
+        if not separate:
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        takes_it = mask is None and q.shape[1] == k.shape[1] and _takes(attention, q, k, kwargs)
+        used = "" if torch.compiler.is_compiling() or not takes_it else attention.choose(Ask.of(q, k)).name
+        counted(kwargs, takes_it, used, said)
         if not takes_it:
             return func(*args, **kwargs) if found is None else found(func, *args, **kwargs)
-        q, k, v = args[:3]
-        if not separate:
-            q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, head_dim).transpose(1, 2) for t in (q, k, v))
-        out = attend(q, k, v)
+        out = attention(q, k, v)
         return out if kwargs.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
 
     overriding.hasten_found = found  # type: ignore[attr-defined]
     return overriding
 
 
-def _any_shape(q: Tensor, head_dim: int) -> bool:
-    return True
-
-
-def _on_gpu(q: Tensor, head_dim: int) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and head_dim <= 128 and head_dim % 8 == 0
-
-
-def _for_sage(q: Tensor, head_dim: int) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and head_dim in SAGE_HEADS
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from sageattention import sageattn
-
-    out: Tensor = sageattn(q, k, v, tensor_layout="HND", is_causal=False)
-    return out
+def _takes(attention: Attention, q: Tensor, k: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether the wish can be met for this call; inside compiled code the registry answers that as it runs."""
+    if torch.compiler.is_compiling():
+        return True
+    image = (kwargs.get("transformer_options") or {}).get("img_slice")
+    attention.text_rows = TEXT_ROWS if image is None else int(image[0])
+    return attention.fits(Ask.of(q, k))
 
 
 def put_fast_math(model: Any, precision: str) -> Any:

@@ -6,6 +6,7 @@ Its text stays on the model as a plain value and goes with the clone it was put 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,14 @@ class Count:
 
     def __init__(self) -> None:
         self.taken = self.left = 0
+        self.used: set[str] = set()
+        self.said: list[str] = []
 
     def __str__(self) -> str:
         if not self.taken + self.left:
             return "was asked for nothing that could be counted: blocks are compiled, or another pack's is in front"
-        return f"took {self.taken} of {self.taken + self.left} calls"
+        by = f" by {', '.join(sorted(self.used))}" if self.used else ""
+        return " · ".join([f"took {self.taken} of {self.taken + self.left} calls{by}", *self.said])
 
 
 def put_line(model: Any, kind: str, text: str, *, node: str | None, title: str, counts: bool = False) -> Any:
@@ -82,11 +86,17 @@ def telling(executor: Any, *args: Any, **kwargs: Any) -> Any:
                 tell(other, f"not in charge: {line['title']}, later in the graph, replaced it")
 
 
-def counted(kwargs: dict[str, Any], taken: bool) -> None:
-    """Notes one attention call in its run's count; nothing inside compiled code, where a count would be a guard."""
+def counted(kwargs: dict[str, Any], taken: bool, used: str = "", said: Sequence[str] = ()) -> None:
+    """Notes one attention call in its run's count: by which back-end, and why another gave way.
+
+    Nothing inside compiled code, where a count would be a guard.
+    """
     if torch.compiler.is_compiling():
         return
     count = (kwargs.get("transformer_options") or {}).get(COUNT)
     if count is not None:
         count.taken += taken
         count.left += not taken
+        if used:
+            count.used.add(used)
+        count.said[:] = said

@@ -344,7 +344,7 @@ class ApplySageAttention(Lightning):
             node_id="ApplySageAttention",
             display_name=cls.TITLE,
             category="Lightning",
-            description="SageAttention for this model alone, where its package is installed; bypassing undoes it.",
+            description="8-bit attention for this model alone: SageAttention's package or our own kernel.",
             inputs=[
                 _model(),
                 io.Boolean.Input("use_SageAttention", default=True, tooltip="Off: ComfyUI's own attention."),
@@ -355,7 +355,7 @@ class ApplySageAttention(Lightning):
 
     @classmethod
     def execute(cls, model: Any, use_SageAttention: bool) -> Any:
-        return attending(cls, model, "sage" if use_SageAttention else None)
+        return attending(cls, model, "sageattention" if use_SageAttention else None)
 
 
 class ApplyFastCuDNNKernels(Lightning):
@@ -530,8 +530,8 @@ class LightningAttention(Lightning):
                 _model(),
                 io.Combo.Input(
                     "backend", options=["unchanged", *comfy_attention.choices()], default="sdpa",
-                    tooltip="sdpa: torch's own. cudnn: cuDNN's kernel, on NVIDIA. sage: 8-bit, needs the package "
-                    "sageattention.",
+                    tooltip="auto: the fastest that is near enough. sdpa: torch's own. cudnn: cuDNN's. int8, int8_fp8: "
+                    "our 8-bit kernels. sparse: ours, half of the blocks. Others need their packages.",
                 ),
             ],
             outputs=[io.Model.Output()],
