@@ -526,7 +526,7 @@ def test_attention_calls_are_counted_as_taken_or_left(model: Any) -> None:
     mask = torch.ones(4, 4)
     override(lambda *a, **k: "stock", q, q, q, 2, mask=mask, skip_reshape=True, transformer_options=to)
     override(None, q, q, q, 2, skip_reshape=True)
-    assert str(count) == "took 1 of 2 calls"
+    assert str(count) == "took 1 of 2 calls by sdpa"
 
 
 def test_what_a_backend_cannot_take_goes_to_comfyui() -> None:
