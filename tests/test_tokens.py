@@ -11,6 +11,7 @@ from hasten.inside import Inside, Remembered
 from hasten.kept import Kept
 from hasten.kernels.chosen_rows import chosen_rows
 from hasten.kernels.gated_sum import gated_sum
+from hasten.kernels.rotation import rotated
 from hasten.moment import Moment
 from hasten.plan import fresh_ratio, make_plan
 from hasten.predict import Hold, Taylor
@@ -21,7 +22,6 @@ from hasten.tokens import (
     choose,
     fresh_count,
     normalised,
-    rotated,
     value_norm,
     with_spatial_bonus,
 )

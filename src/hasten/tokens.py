@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.received import attention_received
+from hasten.kernels.rotation import rotated
 
 
 def fresh_count(ratio: float, tokens: int) -> int:
@@ -36,24 +37,14 @@ def value_norm(values: Tensor) -> Tensor:
 def attention_score(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, *, queries: int) -> Tensor:
     """The attention that each key receives, (B, N) in float32, from q and k before their rotation.
 
-    q, k: (B, H, N, D). cos, sin: as `rotated` takes them. queries: so many evenly spread ones are asked, 0 asks all:
-    each costs two products with all keys.
+    q, k: (B, H, N, D). cos, sin: (N, D / 2) or (B, 1, N, D / 2), None for no rotation. queries: so many evenly
+    spread ones are asked, 0 asks all: each costs two products with all keys.
     """
     step = 1 if queries <= 0 else max(1, q.shape[2] // queries)
     some = slice(step // 2, None, step)
     if cos is None or sin is None:
         return attention_received(q[:, :, some], k)
     return attention_received(rotated(q[:, :, some], cos[..., some, :], sin[..., some, :]), rotated(k, cos, sin))
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x with rotary positions: pairs (2i, 2i + 1) of the last axis turned by their angle; x's dtype.
-
-    x: (B, H, N, D). cos, sin: (N, D / 2) or (B, 1, N, D / 2). Source: FLUX.1, math.py.
-    """
-    pairs = x.float().unflatten(-1, (-1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
 def with_spatial_bonus(score: Tensor, grid: tuple[int, int], *, bonus: float, cell: int, first: int = 0) -> Tensor:

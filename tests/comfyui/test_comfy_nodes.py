@@ -178,6 +178,8 @@ def test_flux_nano_gives_diffusers_text_and_pictures(nano: Any) -> None:
         {"method": "teacache", "threshold": 0.3},
         {"method": "easycache", "threshold": 0.05},
         {"method": "interval", "every": 3, "predictor": "taylor", "order": 2},
+        {"method": "toca"},
+        {"method": "modules", "every": 3, "predictor": "taylor"},
     ],
     ids=lambda cache: f"{cache['method']}-{cache.get('predictor', 'hold')}",
 )

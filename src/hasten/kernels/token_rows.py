@@ -46,3 +46,22 @@ def norm_rows(  # type: ignore[no-untyped-def]
     factor = 1.0 + tl.load(scale + sample * width + at, mask=inside, other=0.0).to(tl.float32)
     normed = normed * factor + tl.load(shift + sample * width + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + at, normed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_pairs(  # type: ignore[no-untyped-def]
+    out, x, cos, sin, rows, tokens, angles, heads, ROWS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    pair = tl.arange(0, PADDED)
+    inside = (row < rows)[:, None] & (pair < HALF)[None, :]
+    even_at = row[:, None] * (2 * HALF) + 2 * pair[None, :]
+    even = tl.load(x + even_at, mask=inside, other=0.0).to(tl.float32)
+    odd = tl.load(x + even_at + 1, mask=inside, other=0.0).to(tl.float32)
+    # Rows are (batch, head, token); angles are (batch or 1, token): `angles` is the first of those two.
+    batch = row // (tokens * heads)
+    angle_at = ((batch % angles) * tokens + row % tokens)[:, None] * HALF + pair[None, :]
+    c = tl.load(cos + angle_at, mask=inside, other=0.0)
+    s = tl.load(sin + angle_at, mask=inside, other=0.0)
+    tl.store(out + even_at, (even * c - odd * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + even_at + 1, (odd * c + even * s).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,149 @@
+"""What a full and a partial evaluation cost under token caching, on a FLUX.1-dev-size transformer with random weights.
+
+    python benchmarks/toca_step.py                # one GPU, 1024x1024, bfloat16, eager; about a minute
+    python benchmarks/toca_step.py --tiny --device cpu --size 64x64
+
+Checks the kernels against torch first, then times with CUDA events: stock, full evaluations and partial ones in turn,
+medians. Rewrites results/toca_step.csv (not with --tiny) and prints its table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from flux_dev_step import make_inputs, make_model  # noqa: E402
+
+import hasten  # noqa: E402
+from hasten.kernels import chosen_rows, gated_sum, received, rotation  # noqa: E402
+
+COLUMNS = ("size", "recipe", "full_ms", "over_stock", "partial_ms", "share_of_full", "cache_gib", "stock_ms")
+RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "toca attention": ("toca", {}, {}),
+    "toca attention, all queries": ("toca", {}, {"queries": 0}),
+    "toca value": ("toca", {}, {"score": "value"}),
+    "toca random": ("toca", {}, {"score": "random"}),
+    "toca attention fp8": ("toca", {}, {"memory": "fp8"}),
+    "toca attention host": ("toca", {}, {"memory": "host"}),
+    "modules hold": ("modules", {}, {}),
+    "modules taylor1": ("modules", {"predictor": "taylor"}, {}),
+}
+
+
+def main() -> None:
+    """Checks, times, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="1024x1024", help="width x height")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=75.0, help="seconds after which no further recipe is begun")
+    parser.add_argument("--only", default="", help="recipes whose name contains this")
+    parser.add_argument("--tiny", action="store_true", help="a few blocks of small width, to try the script out")
+    given = parser.parse_args()
+    begun = time.perf_counter()
+    torch.set_grad_enabled(False)
+    if given.device.startswith("cuda"):
+        check_kernels()
+        print(f"kernels do as torch does, after {time.perf_counter() - begun:.0f} s", flush=True)
+    model = make_model(given.device, tiny=given.tiny)
+    inputs = make_inputs(model, *map(int, given.size.split("x")))
+    stock = statistics.median(timed(lambda: model(**inputs)) for _ in range(given.repeats + 2))
+    print(f"stock {stock:.1f} ms, after {time.perf_counter() - begun:.0f} s", flush=True)
+    rows = []
+    for name, (method, cache, tokens) in RECIPES.items():
+        if given.only not in name or time.perf_counter() - begun > given.budget:
+            continue
+        recipe = {"schema": 1, "cache": {"method": method, "every": 2, **cache}, "tokens": tokens}
+        full, partial, gib, reference = measure(model, inputs, recipe, given.repeats)
+        shown = (f"{full:.2f}", f"{full / reference - 1:+.3f}", f"{partial:.2f}", f"{partial / reference:.3f}")
+        rows.append((given.size, name, *shown, f"{gib:.2f}", f"{reference:.2f}"))
+        print("  ".join(rows[-1]), flush=True)
+    if not given.tiny:
+        write(rows, ROOT / "benchmarks" / "results" / "toca_step.csv")
+    print(f"\n{'recipe':28} full ms (over stock)  partial ms (of stock)  GiB   [{time.perf_counter() - begun:.0f} s]")
+    for _, name, full, over, partial, share, gib, _ in rows:
+        print(f"{name:28} {full:>8} ({over})      {partial:>8} ({share})   {gib:>8}")
+
+
+def measure(
+    model: Any, inputs: dict[str, Any], recipe: dict[str, Any], repeats: int
+) -> tuple[float, float, float, float]:
+    """Milliseconds of a full and of a partial evaluation, the cache's GiB, and stock's milliseconds beside them."""
+    handle = hasten.apply(model, recipe)
+    steps = 2 * repeats + 8
+    sigmas = [1.0 - i / steps for i in range(steps + 1)]
+    found: dict[str, list[float]] = {"compute": [], "partial": [], "stock": []}
+    with handle.run(sigmas):
+        for sigma in sigmas[: 3 + 2 * repeats]:
+            timestep = torch.full_like(inputs["timestep"], sigma)
+            elapsed = timed(lambda timestep=timestep: model(**{**inputs, "timestep": timestep}))
+            found[handle.reports[-1].evaluations[-1].decision].append(elapsed)
+    report = handle.reports[-1]
+    handle.remove()
+    # Beside it and not before all: the clock of a GPU under load moves.
+    found["stock"] = [timed(lambda: model(**inputs)) for _ in range(repeats)]
+    first = {"compute": 2, "partial": 1, "stock": 0}  # the first of a kind compile what stays
+    full, partial, stock = (statistics.median(found[kind][first[kind] :]) for kind in ("compute", "partial", "stock"))
+    return full, partial, report.cache_mib / 1024, stock
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Milliseconds of the work, by CUDA events or the clock."""
+    if not torch.cuda.is_available():
+        begun = time.perf_counter()
+        run()
+        return (time.perf_counter() - begun) * 1000.0
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def check_kernels() -> None:
+    """Each kernel at FLUX's shapes against its plain torch form."""
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    q, k = noise(1, 24, 256, 128), noise(1, 24, 4608, 128)
+    found, expected = received.launch(received.triton_kernel(), q, k), received._attention_received._init_fn(q, k)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-6)
+    angle = torch.randn(4608, 64, device="cuda")
+    found = rotation.launch(rotation.triton_kernel(), k, angle.cos(), angle.sin())
+    torch.testing.assert_close(found, rotation._rotated._init_fn(k, angle.cos(), angle.sin()), rtol=2**-7, atol=2e-2)
+    x, a, b = noise(1, 4608, 3072), noise(1, 4608, 3072), noise(1, 4608, 3072)
+    gate, gate_b, scale, shift = (noise(1, 1, 3072) for _ in range(4))
+    index = torch.randperm(4608, device="cuda")[:600]
+    found = gated_sum.launch(gated_sum.triton_kernel(), x, gate, a, gate_b, b)
+    torch.testing.assert_close(found, gated_sum._gated_sum._init_fn(x, gate, a, gate_b, b), rtol=2**-6, atol=0.1)
+    found = chosen_rows.launch(chosen_rows.triton_kernel(), x, index, scale, shift, 1e-6, gate, a)
+    expected = chosen_rows._chosen_rows._init_fn(x, index, scale, shift, 1e-6, gate, a)
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=0.1)
+
+
+def write(rows: list[tuple[str, ...]], file: Path) -> None:
+    """The table as CSV: beside it first, then in its place."""
+    partial = file.with_suffix(".part")
+    with partial.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.writer(lines, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+    partial.replace(file)
+
+
+if __name__ == "__main__":
+    main()
