@@ -230,6 +230,18 @@ def test_an_unknown_family_passes_through_with_its_name(model: Any, told: dict[A
     assert told["4"] == "left as it is: Chroma is a family that is not known here (FLUX.1 is)"
 
 
+def test_what_other_nodes_do_is_said_of_a_recipe_that_wants_it(model: Any) -> None:
+    wanted = Recipe.from_dict(
+        {"schema": 1, "cache": {"method": "interval"}, "attention": {"backend": "sdpa"}, "compile": {"blocks": True}}
+    )
+    _, report = run(model, wanted)
+    assert report.reused >= 2
+    assert report.notes == [
+        "the recipe's [attention] is not used here: Lightning Attention does that",
+        "the recipe's [compile] is not used here: Lightning Compile does that",
+    ]
+
+
 def test_cores_own_cache_is_left_in_charge(model: Any, told: dict[Any, str]) -> None:
     model.model_options["transformer_options"]["easycache"] = {"a": "holder"}
     stock(comfy.put_recipe(model, recipe("fbcache"), node="4"))

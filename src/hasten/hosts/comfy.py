@@ -23,8 +23,9 @@ from hasten.call import Call
 from hasten.gate import Gate, gate_model
 from hasten.hosts.comfy_parts import FluxParts, has_mlp, tapped
 from hasten.plan import make_plan
-from hasten.recipe import Recipe
+from hasten.recipe import Attention, Recipe
 from hasten.report import Report
+from hasten.sections import Compile, Quantize
 from hasten.session import Session
 from hasten.taps import Taps, empty
 
@@ -180,7 +181,7 @@ class Run:
         self.latest: Held | None = None
         self.gates: dict[tuple[str, int], Patch] = {}
         self.taps, self.foreign, self.grid = Taps(), False, (0, 0)
-        for remark in self.remarks:
+        for remark in (*self.remarks, *beside(recipe)):
             self.session.report.note(remark)
 
     def hang(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -464,6 +465,19 @@ def anatomy_of(model: Any) -> Anatomy:
         return found
     closed = tuple(replace(s, parts=tuple(p for p in s.parts if p != "mlp")) for s in found.stages)
     return replace(found, stages=closed)
+
+
+def beside(recipe: Recipe) -> list[str]:
+    """Remarks on what a recipe wants that other nodes do in ComfyUI."""
+    return [
+        f"the recipe's [{part}] is not used here: {title} does that"
+        for part, wanted, title in (
+            ("attention", recipe.attention != Attention(), "Lightning Attention"),
+            ("compile", recipe.compile != Compile(), "Lightning Compile"),
+            ("quantize", recipe.quantize != Quantize(), "the model's loader"),
+        )
+        if wanted
+    ]
 
 
 def fitted(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:

@@ -11,10 +11,13 @@ from typing import Any
 from comfy_api.latest import ComfyExtension, io
 
 from hasten.hosts import comfy, comfy_attention, comfy_compile, comfy_inputs, comfy_lines, comfy_report
-from hasten.recipe import INSIDE_BLOCKS, METHODS, Recipe, recipe_names
+from hasten.recipe import Recipe, recipe_names
 
 _log = logging.getLogger("hasten.comfy")
 RecipeType = io.Custom("LIGHTNING_RECIPE")
+
+# What Lightning Recipe has inputs for (web/lightning.js shows them); lists and tables come from files.
+BUILT = ("none", "fbcache", "mbcache", "teacache", "easycache", "interval")
 
 SKIP_TIP = "Double blocks that are not run, counted from 0, with commas. A skipped block keeps its ControlNet residual."
 SINGLE_TIP = "Single blocks that are not run, counted from 0, with commas."
@@ -473,14 +476,13 @@ class LightningRecipe(Lightning):
 
     @classmethod
     def define_schema(cls) -> Any:
-        methods = [name for name in METHODS if name not in ("schedule", "magcache", *INSIDE_BLOCKS)]
         return io.Schema(
             node_id="LightningRecipe",
             display_name=cls.TITLE,
             category="Lightning",
             description="Builds a recipe, or reads one from a file. Inputs that a method lacks are hidden.",
             inputs=[
-                io.Combo.Input("method", options=[*methods, "file"], default="fbcache",
+                io.Combo.Input("method", options=[*BUILT, "file"], default="fbcache",
                                tooltip="What decides when a step is reused; file reads everything from a file."),
                 io.String.Input("file", default="", tooltip="A .toml or .json file on the machine that runs ComfyUI."),
                 io.Float.Input("threshold", default=-1.0, min=-1.0, max=10.0, step=0.005,
