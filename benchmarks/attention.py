@@ -5,8 +5,9 @@
 
 Noise with outlying keys at N = 4608 (1024x1024) and 16896 (2048x2048), 24 heads of 128, batch 1; and flux-nano's own
 q, k, v of one step in the middle of a picture at 512x512. Each is first compared with float32 softmax in full (sparse
-ones too: what they leave out counts as error), then timed with its preparation as a CUDA graph of several calls, the median
-over rounds that alternate between back-ends. tflops counts the dense sum's 4 N^2 H D operations whatever is left out.
+ones too: what they leave out counts as error), then timed with its preparation as a CUDA graph of several calls, the
+median over rounds that alternate between back-ends. tflops counts the dense sum's 4 N^2 H D operations whatever is
+left out.
 """
 
 from __future__ import annotations
