@@ -30,6 +30,8 @@ class Part(NamedTuple):
 
 Layers = Sequence[Part]
 
+EPS = 1e-6  # of every norm of FLUX, as rows.py has it
+
 
 class Stream(NamedTuple):
     """One stream's parts of a double block; q_norm, k_norm: RMSNorm weights (D)."""
@@ -44,12 +46,11 @@ class Stream(NamedTuple):
 
 
 class Double(NamedTuple):
-    """A double block; eps is that of the norms of queries and keys."""
+    """A double block."""
 
     text: Stream
     image: Stream
     heads: int
-    eps: float
 
 
 class Single(NamedTuple):
@@ -62,7 +63,6 @@ class Single(NamedTuple):
     up: Layers
     down: Layers
     heads: int
-    eps: float
 
 
 def double(
@@ -78,9 +78,7 @@ def double(
     given = rows.norm_modulate(text, image, *mods, shift=0, scale=1, joint=False, dtype=bits)
     qkv = _linear(given, split, of_text.qkv, of_image.qkv, image.dtype)
     norms = of_text.q_norm, of_text.k_norm, of_image.q_norm, of_image.k_norm
-    q, k, v = rows.norm_rope(
-        qkv, norms, rope, batch=batch, length=length, heads=block.heads, joint=False, eps=block.eps
-    )
+    q, k, v = rows.norm_rope(qkv, norms, rope, batch=batch, length=length, heads=block.heads, joint=False)
     given = rows.split_streams(attend(q, k, v).flatten(2), length, dtype=_row_dtype(of_image.out))
     update = _linear(given, split, of_text.out, of_image.out, image.dtype)
     bits = _row_dtype(of_image.up)
@@ -104,9 +102,7 @@ def single(
     given = rows.norm_modulate(text, image, mods, mods, shift=0, scale=1, joint=True, dtype=bits)
     wide = _linear(given, 0, (), block.qkv if bits is None else (*block.qkv, *block.up), image.dtype)
     norms = block.q_norm, block.k_norm, block.q_norm, block.k_norm
-    q, k, v = rows.norm_rope(
-        wide, norms, rope, batch=batch, length=length, heads=block.heads, joint=True, eps=block.eps
-    )
+    q, k, v = rows.norm_rope(wide, norms, rope, batch=batch, length=length, heads=block.heads, joint=True)
     attended = attend(q, k, v).flatten(2).flatten(0, 1)
     if bits is None:
         hidden = _linear(given, 0, (), block.up, image.dtype, gelu=True)

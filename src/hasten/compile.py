@@ -46,10 +46,12 @@ class Backend:
     def __call__(self, graph: Any, inputs: Any, **options: Any) -> Call:
         if 0 <= self.limit <= self.graphs:
             raise PastLimit
-        self.graphs += 1
         begun = time.perf_counter()
-        compiled: Call = torch._dynamo.lookup_backend(self.name)(graph, inputs, **options)
-        self.seconds += time.perf_counter() - begun
+        try:
+            compiled: Call = torch._dynamo.lookup_backend(self.name)(graph, inputs, **options)
+        finally:
+            self.seconds += time.perf_counter() - begun
+        self.graphs += 1  # not before: some passes give a graph up to have it traced anew
         return compiled
 
 

@@ -54,7 +54,6 @@ class FusedDouble(nn.Module):
                 [Part(block.ff.net[2])],
             ),
             heads=attn.heads,
-            eps=attn.norm_q.eps,
         )
         return blocks.double(
             parts,
@@ -96,7 +95,6 @@ class FusedSingle(nn.Module):
             up=[Part(block.proj_mlp)],
             down=[Part(block.proj_out)],
             heads=attn.heads,
-            eps=attn.norm_q.eps,
         )
         return blocks.single(
             parts,
@@ -155,11 +153,10 @@ def _plain(block: nn.Module) -> bool:
     """Whether the block is FLUX's own: its attention, plain layers with plain weights, no hook (offloading, casting)
     on any part, for a hook would never be called."""
     attn: Any = block.attn
-    processor = attn.processor
-    known = ("FluxAttnProcessor", "HastenFluxAttnProcessor")
-    if type(processor).__name__ not in known or getattr(attn, "fused_projections", False):
+    norms = [module for module in block.modules() if hasattr(module, "eps")]
+    if not _still_plain(block, None) or getattr(attn, "fused_projections", False):
         return False
-    if getattr(processor, "_parallel_config", None) is not None or not _layers_are_plain(block):
+    if any(norm.eps != blocks.EPS for norm in norms):
         return False
     for layer in _layers(block):
         if layer.bias is None or (type(layer) is nn.Linear and type(layer.weight) is not nn.Parameter):
@@ -170,11 +167,13 @@ def _plain(block: nn.Module) -> bool:
 def _still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None) -> bool:
     """Whether this call may go through the fused block: adapters may have come since (LoRA), or an attention that
     takes more than queries, keys and values."""
-    extra = joint_attention_kwargs and any(name != "scale" for name in joint_attention_kwargs)
-    return not extra and _layers_are_plain(block)
-
-
-def _layers_are_plain(block: nn.Module) -> bool:
+    processor: Any = block.attn.processor  # type: ignore[union-attr]
+    if type(processor).__name__ not in ("FluxAttnProcessor", "HastenFluxAttnProcessor"):
+        return False
+    if getattr(processor, "_parallel_config", None) is not None:
+        return False
+    if joint_attention_kwargs and any(name != "scale" for name in joint_attention_kwargs):
+        return False
     return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in _layers(block))
 
 
