@@ -31,8 +31,8 @@ LAWS = (
 @pytest.mark.slow  # torch is imported anew: Triton reads TRITON_INTERPRET once
 def test_the_laws_hold_where_kernels_are_interpreted() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    script = f"from tests import attention8_laws as laws\nfor name in {LAWS}: getattr(laws, name)('cpu')"
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    script = f"import attention8_laws as laws\nfor name in {LAWS}: getattr(laws, name)('cpu')"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
@@ -41,6 +41,6 @@ def test_the_laws_hold_where_kernels_are_interpreted() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("law", LAWS)
 def test_the_laws_hold_where_kernels_are_compiled(law: str) -> None:
-    from tests import attention8_laws
+    import attention8_laws
 
     getattr(attention8_laws, law)("cuda")
