@@ -20,6 +20,7 @@ from hasten.screen import Screen
 
 if TYPE_CHECKING:
     from hasten.painter import FluxPainter
+    from hasten.recipe import Recipe
 
 app = typer.Typer(
     name="hasten",
@@ -138,7 +139,7 @@ def generate(
     where = Model(model, transformer, vae, clip_l, t5xxl, tokenizers)
     options = {"steps": steps, "seed": seed, "guidance": guidance, "batch": batch}
     check = _request_maker(prompt, size, options)
-    painter = _painter(screen, where, device, dtype, lambda: check(None))
+    painter = _painter(screen, where, device, dtype, lambda: check(None), recipe=wanted)
     request = check(painter)
     with screen.progress() as progress:
         outcome = work.generate(painter, request, wanted, compare=compare, progress=progress)
@@ -346,9 +347,15 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _painter(
-    screen: Screen, where: Any, device: str, dtype: str, check: Callable[[], Any] | None = None
+    screen: Screen,
+    where: Any,
+    device: str,
+    dtype: str,
+    check: Callable[[], Any] | None = None,
+    *,
+    recipe: Recipe | None = None,
 ) -> FluxPainter:
-    """The loaded model; whatever can be found wrong without it is said before it is loaded."""
+    """The loaded model, changed as a recipe asks; what can be found wrong without it is said before it is loaded."""
     from hasten.loading import check_model, load_painter
     from hasten.machine import pick_device, pick_dtype
 
@@ -357,8 +364,12 @@ def _painter(
     at = pick_device(device)
     kind = pick_dtype(dtype, at)
     check_model(where)
+    if recipe is not None and recipe.quantize.format != "none":
+        from hasten.quantize import format_for
+
+        format_for(recipe.quantize.format, at)
     with screen.waiting("loading the model"):
-        return load_painter(where, device=at, dtype=kind)
+        return load_painter(where, device=at, dtype=kind, recipe=recipe)
 
 
 def _request_maker(prompt: str, size: str | None, options: dict[str, Any]) -> Callable[[FluxPainter | None], Any]:

@@ -63,7 +63,7 @@ def examine() -> dict[str, list[Check]]:
             *map(attention_package, ATTENTION),
             *_guarded("attention", attentions),
         ],
-        "compiling": [compiler()],
+        "compiling": [compiler(), *_guarded("compiling", transforms)],
         "hasten's files": [*_guarded("recipes", recipes), *_guarded("models", models)],
     }
 
@@ -188,6 +188,25 @@ def compiler() -> Check:
     if not header.is_file():
         return Check("c++ compiler", False, f"{shutil.which(found)}, but Python.h is missing: install python3-dev")
     return Check("c++ compiler", True, str(shutil.which(found)))
+
+
+def transforms() -> list[Check]:
+    """What [compile] and [quantize] of a recipe find here."""
+    from hasten.compile import cannot_compile
+    from hasten.kernels.rows import triton_kernels
+    from hasten.quantize import format_for
+
+    device = best_device()
+    reason = cannot_compile()
+    found = [Check("torch.compile", reason is None, "blocks can be compiled" if reason is None else reason)]
+    try:
+        found.append(Check("8-bit layers", True, f'format = "auto" is {format_for("auto", device)} on {device}'))
+    except ValueError as error:
+        found.append(Check("8-bit layers", False, str(error)))
+    by_triton = device.type == "cuda" and triton_kernels() is not None
+    words = "by Triton's kernels" if by_triton else "by torch's own operations: right, but not faster"
+    found.append(Check("fused passes", by_triton, words))
+    return found
 
 
 def recipes() -> list[Check]:

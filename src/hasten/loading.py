@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hasten.machine import first_line, reason_of
 from hasten.painter import FluxPainter, quiet_logs
 from hasten.painter_sana import GEMMA_WIDTH, MULTIPLE, SanaPainter
 from hasten.singlefiles import check_files, load_files
 from hasten.weights import read_header
+
+if TYPE_CHECKING:
+    from hasten.recipe import Recipe
 
 SHIPPED_MODEL = "flux-nano"
 # Those that draw from words alone with the weights of a FluxPipeline.
@@ -68,8 +71,12 @@ def check_model(model: Model) -> None:
         _check_folder(folder)
 
 
-def load_painter(model: Model, *, device: Any, dtype: Any) -> FluxPainter:
-    """A painter with the model on the device, ready to draw. Raises ValueError or OSError with one sentence."""
+def load_painter(model: Model, *, device: Any, dtype: Any, recipe: Recipe | None = None) -> FluxPainter:
+    """A painter with the model on the device, ready to draw. Raises ValueError or OSError with one sentence.
+
+    recipe: what it asks to be done to the model itself is done for good, before the model moves: weights go to the
+    device already in 8 bits, one layer after the other.
+    """
     import torch
 
     check_model(model)
@@ -81,6 +88,10 @@ def load_painter(model: Model, *, device: Any, dtype: Any) -> FluxPainter:
         # Gemma-2 and DC-AE overflow float16: pictures would be black. The transformer does not.
         pipe.text_encoder.to(torch.bfloat16)
         pipe.vae.to(torch.bfloat16)
+    if recipe is not None and recipe.changes_model:
+        import hasten
+
+        hasten.prepare(pipe, replace(recipe, quantize=replace(recipe.quantize, keep=False)), device=device)
     _place(pipe, device)
     # Our own bars are drawn by the command line.
     pipe.set_progress_bar_config(disable=True)

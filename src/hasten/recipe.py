@@ -288,6 +288,12 @@ class Recipe:
                 "[tokens] out."
             )
 
+    @property
+    def changes_model(self) -> bool:
+        """Whether it asks for anything to be done to the model itself: compiled, quantised, fused."""
+        asked = self.compile.blocks or self.compile.decoder or self.compile.text or self.compile.fuse == "always"
+        return asked or self.quantize.format != "none"
+
     @classmethod
     def load(cls, source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         """The recipe that `source` names: a Recipe, a shipped name, a TOML or JSON file, a dict, or "none".

@@ -24,7 +24,7 @@ from hasten.hosts.diffusers_attention import HungAttention
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
-from hasten.hosts.diffusers_stack import STACK, Stack, modules_beside, stack_for, wants_stack
+from hasten.hosts.diffusers_stack import STACK, Stack, modules_beside, stack_for
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
@@ -107,7 +107,7 @@ class Handle:
                 "this transformer is accelerated already: leave the first `with hasten.accelerate(...)`, "
                 "or remove the first handle, before applying another recipe."
             )
-        if not recipe.quantize.keep and wants_stack(recipe) and STACK not in self.transformer.__dict__:
+        if not recipe.quantize.keep and recipe.changes_model and STACK not in self.transformer.__dict__:
             raise ValueError(
                 "quantize.keep is false, so the original weights could not be put back in the end: quantise for good "
                 "with hasten.prepare(pipe, recipe) before, or set keep = true."
@@ -235,6 +235,8 @@ class Handle:
                 slot.take(self.insides.gated_block(slot, gate, lambda: self._call))
 
     def _begun(self) -> None:
+        if self.stack is not None:
+            self.stack.begin()
         for slot in self._slots:
             slot.retake()
         if self._compiled_whole():
@@ -427,7 +429,7 @@ def prepare(model: Any, recipe: RecipeLike, *, device: torch.device | str | None
     wanted = Recipe.load(recipe)
     transformer = _unwrapped(getattr(model, "transformer", model))
     family_of(transformer)
-    if not wants_stack(wanted):
+    if not wanted.changes_model:
         raise ValueError("the recipe asks for nothing to be done to the model: give it a [compile] or [quantize].")
     beside = modules_beside(model, wanted.compile)
     at = None if device is None else torch.device(device)

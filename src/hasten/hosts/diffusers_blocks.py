@@ -204,5 +204,7 @@ def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if ours is not None:
         attended: Tensor = ours(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         return attended
-    out: Tensor = dispatch_attention_fn(q, k, v, backend=attn.processor._attention_backend)
+    out: Tensor = dispatch_attention_fn(
+        q, k, v, dropout_p=0.0, is_causal=False, backend=attn.processor._attention_backend
+    )
     return out

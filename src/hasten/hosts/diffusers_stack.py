@@ -46,7 +46,7 @@ class Stack:
         self.transformer = transformer
         self.compile, self.quantize = compile or Compile(), quantize or Quantize()
         self.notes: list[str] = []
-        self._told = (0, 0.0)
+        self._before = (0, 0.0)
         blocks = blocks_of(transformer)
         at = device or next(transformer.parameters()).device
         bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
@@ -78,19 +78,26 @@ class Stack:
         """How many graphs were compiled so far."""
         return 0 if self.compiler is None else self.compiler.graphs
 
+    @property
+    def seconds(self) -> float:
+        """How long the back-end took for them."""
+        return 0.0 if self.compiler is None else self.compiler.seconds
+
+    def begin(self) -> None:
+        """A run begins: what was compiled before is not its own."""
+        self._before = self.graphs, self.seconds
+
     def tell(self, report: Report) -> None:
-        """Writes into a run's report what the model is, and what was compiled since the last one."""
-        seconds = 0.0 if self.compiler is None else self.compiler.seconds
+        """Writes into a run's report what the model is, and what was compiled since it began."""
         report.model = self.words
-        report.graphs, report.compile_s = self.graphs - self._told[0], seconds - self._told[1]
-        self._told = self.graphs, seconds
+        report.graphs, report.compile_s = self.graphs - self._before[0], self.seconds - self._before[1]
         for note in self.notes:
             report.note(note)
 
     def serves(self, recipe: Recipe) -> bool:
         """Whether the model is already what the recipe asks for; one that asks for nothing takes it as it is."""
         wanted = recipe.compile, replace(recipe.quantize, keep=True)
-        return not wants_stack(recipe) or wanted == (self.compile, replace(self.quantize, keep=True))
+        return not recipe.changes_model or wanted == (self.compile, replace(self.quantize, keep=True))
 
     def undo(self) -> None:
         """Gives the blocks their calls and their weights back.
@@ -144,13 +151,6 @@ class Stack:
         return ", ".join(words)
 
 
-def wants_stack(recipe: Recipe) -> bool:
-    """Whether the recipe asks for anything to be done to the model itself."""
-    compile = recipe.compile
-    asked = compile.blocks or compile.decoder or compile.text or compile.fuse == "always"
-    return asked or recipe.quantize.format != "none"
-
-
 def stack_for(
     transformer: nn.Module,
     recipe: Recipe,
@@ -170,7 +170,7 @@ def stack_for(
             "this model is compiled or quantised already, otherwise than the recipe's [compile] and [quantize] say: "
             "undo that first, or leave the two sections out."
         )
-    if not wants_stack(recipe):
+    if not recipe.changes_model:
         return None, False
     return Stack(transformer, recipe.compile, recipe.quantize, beside=beside, device=device), True
 
