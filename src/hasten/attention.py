@@ -55,9 +55,11 @@ class Attention:
         if wanted not in BACKENDS and wanted not in CHAINS:
             raise ValueError(f"attention {wanted!r} is not known: known are {', '.join(CHOICES)}.")
         self.wanted, self.error, self.say = wanted, error, say
-        self.exact = False
+        self.exact = self.always_exact = False
         # Of the block-sparse kernel alone: the share of blocks that is kept, and how many leading tokens are text.
         self.keep, self.text_rows = keep, 0
+        # Or, for each head, what was tuned: see sparse.Heads.
+        self.heads: tuple[Tensor, Tensor, Tensor] | None = None
         self.used: dict[str, int] = {}
         self._chosen: dict[Ask, Backend] = {}
         self.number = id(self)
@@ -103,7 +105,12 @@ class Attention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The call itself, outside of any graph."""
         backend = BACKENDS["sdpa"] if self.exact else self.choose(Ask.of(q, k))
-        attend = sparse(self.keep, self.text_rows) if backend.name == "sparse" else backend.attend
+        attend = backend.attend
+        if backend.name == "sparse":
+            if self.heads is not None and self.heads[0].device != q.device:
+                keep, alike, skip_below = (t.to(q.device) for t in self.heads)
+                self.heads = keep, alike, skip_below
+            attend = sparse(self.keep, self.text_rows, heads=self.heads)
         try:
             out = attend(q, k, v)
         except Exception as error:  # kernels have no common class for their refusals

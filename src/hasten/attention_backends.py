@@ -184,12 +184,22 @@ def _int8_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention8(q, k, v)
 
 
-def sparse(keep: float, text_rows: int, fp8: bool = True) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Our block-sparse attention that keeps a share of the blocks of keys; the first `text_rows` are always on."""
+def sparse(
+    keep: float, text_rows: int, fp8: bool = True, heads: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Our block-sparse attention that keeps a share of the blocks of keys; the first `text_rows` are always on.
+
+    heads: tuned settings instead, (H,) each: the weight to keep, how alike blocks must be, what may be skipped.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from hasten.kernels.attention8 import attention8_sparse
 
+        if heads is not None:
+            tuned, alike, skip_below = heads
+            return attention8_sparse(
+                q, k, v, keep=tuned, alike=alike, skip_below=skip_below, topk=False, text_rows=text_rows, fp8=fp8
+            )
         # Filled on the device: a number copied from the host would have it wait.
         keeps, alike = (torch.full((q.shape[1],), x, device=q.device) for x in (keep, -1.0))
         return attention8_sparse(q, k, v, keep=keeps, alike=alike, text_rows=text_rows, fp8=fp8)

@@ -300,6 +300,57 @@ def calibrate(
     screen.say(str(out) if out is not None else recipe.to_toml().rstrip())
 
 
+@app.command("tune-attention")
+@in_one_sentence
+def tune_attention(
+    out: Annotated[Path, typer.Option("--out", help="The settings' file, .safetensors; an unfinished one goes on.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts in quotes, two to four; the demo's first two if left out.")
+    ] = None,
+    model: ModelName = None,
+    l1: Annotated[float, typer.Option("--l1", help="How far a head may be off, relative.")] = 0.06,
+    pv_l1: Annotated[float, typer.Option("--pv-l1", help="The same with small weights skipped; above l1.")] = 0.065,
+    steps: Steps = 28,
+    size: Size = None,
+    seed: Seed = 0,
+    guidance: Guidance = 3.5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    transformer: TransformerFile = None,
+    vae: VaeFile = None,
+    clip_l: ClipFile = None,
+    t5xxl: T5File = None,
+    tokenizers: TokenizersPlace = None,
+    quiet: Quiet = False,
+) -> None:
+    """Search block-sparse attention's settings on a model; several processes under torchrun share the search."""
+    from hasten.demo import PROMPTS
+    from hasten.loading import Model
+    from hasten.machine import sharing
+    from hasten.sparse import check_limits
+    from hasten.tune_attention import tune_attention as tune
+
+    screen = Screen(quiet=quiet, as_json=False)
+    options = {"steps": steps, "seed": seed, "guidance": guidance}
+    makers = [_request_maker(prompt, size, options) for prompt in prompts or PROMPTS[:2]]
+    where = Model(model, transformer, vae, clip_l, t5xxl, tokenizers)
+
+    def check() -> None:
+        check_limits(l1, pv_l1)
+        for make in makers:
+            make(None)
+
+    with sharing(device) as (rank, world, own_device):
+        painter = _painter(screen, where, own_device, dtype, check)
+        with screen.progress() as progress:
+            said = tune(
+                painter, [make(painter) for make in makers], out,
+                l1=l1, pv_l1=pv_l1, rank=rank, world=world, progress=progress if rank == 0 else None,
+            )  # fmt: skip
+        if rank == 0:
+            screen.say(f"{out}: {said}")
+
+
 @app.command()
 @in_one_sentence
 def recipes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +105,22 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "cpu"
+
+
+@contextmanager
+def sharing(device: str) -> Iterator[tuple[int, int, str]]:
+    """(rank, how many, this rank's device) under torchrun, with a process group while it lasts; else (0, 1, device)."""
+    import torch
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield 0, 1, device
+        return
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else device
+    # gloo on GPUs too: what is exchanged are a few kilobytes of settings that lie on the CPU.
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank(), world, own
+    finally:
+        torch.distributed.destroy_process_group()

@@ -247,12 +247,14 @@ class Attention:
     """Which attention the model's blocks use; the host's own in the steps and blocks that stay exact.
 
     error: the largest relative L1 error that "auto" may choose. keep: the share of blocks of keys that "sparse" keeps.
+    tuned: a file of `hasten tune-attention` with "sparse"'s settings for each head, instead of keep.
     exact_first, exact_last: of the run's intervals; exact_blocks: counted from 0 over all blocks.
     """
 
     backend: str = "unchanged"
     error: float = 0.06
     keep: float = 0.5
+    tuned: str = ""
     exact_first: int = 0
     exact_last: int = 0
     exact_blocks: tuple[int, ...] = ()
@@ -261,6 +263,8 @@ class Attention:
         one_of("attention.backend", self.backend, ATTENTIONS)
         between("attention.error", self.error, 0.0, 1.0)
         between("attention.keep", self.keep, 0.01, 1.0)
+        if self.tuned and self.backend != "sparse":
+            raise ValueError(f'attention.tuned is given but attention.backend is {self.backend}: set it to "sparse".')
         at_least("attention.exact_first", self.exact_first, 0, "0 keeps no step exact")
         at_least("attention.exact_last", self.exact_last, 0, "0 keeps no step exact")
         for block in self.exact_blocks:

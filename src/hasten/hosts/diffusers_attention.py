@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from hasten import recipe
 from hasten.attention import Attention
 from hasten.report import Report
+from hasten.sparse import load_settings
 
 
 class HungAttention:
-    """A recipe's attention in one transformer's blocks, in the order of `blocks`.
+    """A recipe's attention in one transformer's blocks, in the order of `blocks`. apart: one for each block.
 
     Raises ValueError when the recipe names a block that is not there.
     """
 
-    def __init__(self, blocks: list[nn.Module], wanted: recipe.Attention) -> None:
+    def __init__(self, blocks: list[nn.Module], wanted: recipe.Attention, *, apart: bool = False) -> None:
         beyond = [index for index in wanted.exact_blocks if index >= len(blocks)]
         if beyond:
             raise ValueError(
@@ -32,7 +34,21 @@ class HungAttention:
             )
         self.wanted = wanted
         self._said: list[str] = []
-        self.attention = Attention(wanted.backend, error=wanted.error, keep=wanted.keep, say=self._said.append)
+        self.attention = self._made()
+        self.attentions = [self.attention] * len(blocks)
+        if apart:
+            self.attentions = [self._made() for _ in blocks]
+        if wanted.tuned:
+            names = block_names(blocks)
+            heads = getattr(getattr(blocks[0], "attn", None), "heads", None)
+            settings = load_settings(Path(wanted.tuned), names, heads)
+            self.attentions = [self._made() for _ in blocks]
+            for name, attention in zip(names, self.attentions, strict=True):
+                if name in settings:
+                    found = settings[name]
+                    attention.heads = found.keep, found.alike, found.skip_below
+                else:
+                    attention.exact = attention.always_exact = True
         self._undo: list[Callable[[], None]] = []
         others: set[str] = set()
         for index, block in enumerate(blocks):
@@ -43,7 +59,7 @@ class HungAttention:
             elif index not in wanted.exact_blocks:
                 ours = _processor()()
                 ours._attention_backend = processor._attention_backend
-                ours.hasten_attention = self.attention
+                ours.hasten_attention = self.attentions[index]
                 attn.processor = ours
                 self._undo.append(functools.partial(setattr, attn, "processor", processor))
         if others:
@@ -52,11 +68,17 @@ class HungAttention:
     def before_call(self, *, interval: int, intervals: int, text_rows: int) -> None:
         """Where in the run the call lies, and how many tokens lead as text."""
         last = interval >= intervals - self.wanted.exact_last
-        self.attention.exact = interval < self.wanted.exact_first or last
-        self.attention.text_rows = text_rows
+        for attention in {id(a): a for a in self.attentions}.values():
+            attention.exact = attention.always_exact or last or interval < self.wanted.exact_first
+            attention.text_rows = text_rows
 
     def tell(self, report: Report) -> None:
         """What was used since the last time, for a run's report."""
+        for attention in self.attentions[1:]:
+            if attention is not self.attention:
+                for name, count in attention.used.items():
+                    self.attention.used[name] = self.attention.used.get(name, 0) + count
+                attention.used.clear()
         if self.attention.used:
             report.note(self.attention.line)
         for sentence in self._said:
@@ -68,6 +90,16 @@ class HungAttention:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+
+    def _made(self) -> Attention:
+        wanted = self.wanted
+        return Attention(wanted.backend, error=wanted.error, keep=wanted.keep, say=self._said.append)
+
+
+def block_names(blocks: list[nn.Module]) -> list[str]:
+    """The names of a FLUX's blocks in settings' files: `double_blocks.0`, ..., `single_blocks.0`, ..."""
+    doubles = sum(type(block).__name__ == "FluxTransformerBlock" for block in blocks)
+    return [f"double_blocks.{i}" if i < doubles else f"single_blocks.{i - doubles}" for i in range(len(blocks))]
 
 
 @functools.cache
