@@ -227,7 +227,7 @@ def test_an_unknown_family_passes_through_with_its_name(model: Any, told: dict[A
 
     other = fake_comfy.Patcher(fake_comfy.Base(Chroma()))
     stock(comfy.put_recipe(other, recipe("fbcache"), node="4"))
-    assert told["4"] == "left as it is: Chroma is a family that is not known here (FLUX.1 is)"
+    assert told["4"] == "left as it is: Chroma is a family that is not known here (FLUX.1 and Sana are)"
 
 
 def test_what_other_nodes_do_is_said_of_a_recipe_that_wants_it(model: Any) -> None:

@@ -62,11 +62,12 @@ ROOMS = (
     ),
     Room(
         ("hosts.comfy",),
-        hasten=(*ENGINE, "hosts.comfy", "__version__"),
+        hasten=(*ENGINE, "hosts.comfy", "sana_weights", "sana_autoencoder", "__version__"),
         packages=(
             *("numpy", "torch", "safetensors", "PIL"),
             *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "node_helpers"),
-            "transformers",  # flux-nano's text encoders; ComfyUI brings it
+            "transformers",  # flux-nano's text encoders and Gemma; ComfyUI brings it
+            *("diffusers", "accelerate"),  # Sana's models; ours to bring
             *("torchao", "sageattention"),  # optional: their absence is a sentence on the node
         ),
     ),

@@ -119,7 +119,7 @@ def tiny_gemma_tokenizer() -> Any:
     letters = ["▁", *(chr(code) for code in range(33, 127)), "\n"]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *letters]
     vocabulary: Any = {piece: i for i, piece in enumerate(pieces)}
-    return GemmaTokenizerFast(vocab=vocabulary, merges=[])
+    return GemmaTokenizerFast(vocab=vocabulary, merges=[], add_bos_token=True)
 
 
 @functools.cache
@@ -179,3 +179,48 @@ def paint(pipe: Any, *, steps: int = 8, seed: int = 0, side: int = 4, **given: A
         **given,
     )
     return out.images  # type: ignore[no-any-return]
+
+
+def authors_layout(model: Any) -> dict[str, Tensor]:
+    """A SanaTransformer2DModel's weights under the authors' names, with what their checkpoints hold beside."""
+    state, config = model.state_dict(), model.config
+    time = "time_embed." + ("" if config.guidance_embeds else "emb.") + "timestep_embedder."
+    outer = {
+        "patch_embed.proj": "x_embedder.proj",
+        "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+        "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+        "caption_norm": "attention_y_norm",
+        "time_embed.linear": "t_block.1",
+        "proj_out": "final_layer.linear",
+        f"{time}linear_1": "t_embedder.mlp.0",
+        f"{time}linear_2": "t_embedder.mlp.2",
+        "time_embed.guidance_embedder.linear_1": "cfg_embedder.mlp.0",
+        "time_embed.guidance_embedder.linear_2": "cfg_embedder.mlp.2",
+    }
+    inner = {
+        "attn1.norm_q": "attn.q_norm",
+        "attn1.norm_k": "attn.k_norm",
+        "attn1.to_out.0": "attn.proj",
+        "attn2.to_q": "cross_attn.q_linear",
+        "attn2.norm_q": "cross_attn.q_norm",
+        "attn2.norm_k": "cross_attn.k_norm",
+        "attn2.to_out.0": "cross_attn.proj",
+        "ff.conv_inverted": "mlp.inverted_conv.conv",
+        "ff.conv_depth": "mlp.depth_conv.conv",
+        "ff.conv_point": "mlp.point_conv.conv",
+    }
+    out = {"final_layer.scale_shift_table": state["scale_shift_table"]}
+    for theirs, ours in outer.items():
+        out |= {f"{ours}.{e}": state[f"{theirs}.{e}"] for e in ("weight", "bias") if f"{theirs}.{e}" in state}
+    for i in range(config.num_layers):
+        stem, to = f"transformer_blocks.{i}.", f"blocks.{i}."
+        out[f"{to}scale_shift_table"] = state[f"{stem}scale_shift_table"]
+        out[f"{to}attn.qkv.weight"] = torch.cat([state[f"{stem}attn1.to_{x}.weight"] for x in "qkv"])
+        for e in ("weight", "bias"):
+            out[f"{to}cross_attn.kv_linear.{e}"] = torch.cat([state[f"{stem}attn2.to_{x}.{e}"] for x in "kv"])
+            out |= {f"{to}{o}.{e}": state[f"{stem}{t}.{e}"] for t, o in inner.items() if f"{stem}{t}.{e}" in state}
+    out["pos_embed"] = torch.zeros(1, config.sample_size**2, 4)
+    out["y_embedder.y_embedding"] = torch.zeros(10, config.caption_channels)
+    if config.guidance_embeds:
+        out |= {"logvar_linear.weight": torch.zeros(1, 64), "logvar_linear.bias": torch.zeros(1)}
+    return {name: tensor.clone().contiguous() for name, tensor in out.items()}

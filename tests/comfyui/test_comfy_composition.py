@@ -363,7 +363,9 @@ def test_an_unknown_family_passes_through(rig: Any) -> None:
     network.__class__ = type("Lumina", (torch.nn.Module,), kept)
     patched = host.put_recipe(model, OFTEN)
     assert torch.equal(rig.sample(patched), stock)
-    assert host.reports_of(patched)[-1].line().endswith("Lumina is a family that is not known here (FLUX.1 is)")
+    assert (
+        host.reports_of(patched)[-1].line().endswith("Lumina is a family that is not known here (FLUX.1 and Sana are)")
+    )
 
 
 def test_skipped_blocks_that_are_not_there(rig: Any, model: Any) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.anatomy import Anatomy, flux
+from hasten.anatomy import Anatomy, flux, sana
 from hasten.call import Call
 from hasten.gate import Gate, gate_model
 from hasten.hosts.comfy_parts import FluxParts, has_mlp, tapped
-from hasten.plan import make_plan
+from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Attention, Recipe
 from hasten.report import Report
 from hasten.sections import Compile, Quantize
@@ -165,6 +165,8 @@ class Run:
             raise ValueError(f"ComfyUI's own {name} node is in charge of this model; bypass one of the two")
         anatomy = anatomy_of(patcher.model.diffusion_model)
         recipe, self.remarks = fitted(Recipe.load(settings["recipe"]), anatomy)
+        recipe, remarks = fitted_to(recipe, anatomy)
+        self.remarks += remarks
         if settings.get("percents"):
             recipe = _with_percents(recipe, settings["percents"], patcher.get_model_object("model_sampling"))
         self.attention: str | None = to.get(ATTENTION)
@@ -366,6 +368,9 @@ class DoubleStreams:
 
     def modulated(self) -> Tensor:
         """The image tokens after the first double block's norm, scale and shift, (B, N, C)."""
+        if hasattr(self.network, "modulated"):  # a network of ours knows itself
+            own: Tensor = self.network.modulated(self.image, self.vec)
+            return own
         block = self.network.double_blocks[0]
         scale_and_shift = block.img_mod(self.vec)[0]
         normed: Tensor = block.img_norm1(self.image)
@@ -451,13 +456,16 @@ def _run(found: Patch | None, args: dict[str, Any], extra: dict[str, Any]) -> di
 
 
 def anatomy_of(model: Any) -> Anatomy:
-    """The anatomy of ComfyUI's Flux network, told by its class's name: its modules are never imported for that.
+    """The anatomy of ComfyUI's Flux network or of our Sana, told by its class's name: no module is imported for that.
 
-    Raises ValueError for any other network, and for Flux variants whose blocks share one modulation (FLUX.2).
+    Sana's network lies in comfy_sana_network.py. Raises ValueError for any other network, and for Flux variants whose
+    blocks share one modulation (FLUX.2).
     """
     model = getattr(model, "_orig_mod", model)
+    if any(c.__name__ == "SanaNetwork" for c in type(model).__mro__):
+        return sana(len(model.double_blocks))
     if not any(c.__name__ == "Flux" and c.__module__.endswith("ldm.flux.model") for c in type(model).__mro__):
-        raise ValueError(f"{type(model).__name__} is a family that is not known here (FLUX.1 is)")
+        raise ValueError(f"{type(model).__name__} is a family that is not known here (FLUX.1 and Sana are)")
     if getattr(getattr(model, "params", None), "global_modulation", False):
         raise ValueError("FLUX.2 is a family that is not known here (FLUX.1 is)")
     found = flux(len(model.double_blocks), len(model.single_blocks))

@@ -107,6 +107,16 @@ def toca(values: dict[str, Any]) -> Recipe:
     return Recipe.from_dict({"schema": 1, "cache": cache, "tokens": tokens})
 
 
+def sana_mbcache(threshold: float, thresholds: str, max_consecutive_hits: int, skip_blocks: str) -> Recipe:
+    """The original Apply MBCache node's recipe for Sana: it compares directions. Raises ValueError."""
+    cache = Cache(
+        method="mbcache", signal="output", distance="cosine", threshold=threshold,
+        thresholds=threshold_list(thresholds, threshold, "block_cache_thresholds"),
+        max_consecutive_hits=max_consecutive_hits, first=False, last=False,
+    )  # fmt: skip
+    return Recipe(cache=cache, skip=Skip(block_list(skip_blocks, "skip_blocks")))
+
+
 def with_threshold(recipe: Recipe, threshold: float) -> tuple[Recipe, list[str]]:
     """The recipe with another threshold, where its method has one; below 0 the recipe's own is kept."""
     if threshold < 0:

@@ -10,7 +10,15 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io
 
-from hasten.hosts import comfy, comfy_attention, comfy_compile, comfy_inputs, comfy_lines, comfy_report
+from hasten.hosts import (
+    comfy,
+    comfy_attention,
+    comfy_compile,
+    comfy_inputs,
+    comfy_lines,
+    comfy_report,
+    comfy_sana_nodes,
+)
 from hasten.recipe import Recipe, recipe_names
 
 _log = logging.getLogger("hasten.comfy")
@@ -645,6 +653,7 @@ NODES = [
     ApplySageAttention,
     ApplyFastCuDNNKernels,
     CompileAndQuantizeModel,
+    *comfy_sana_nodes.NODES,
 ]
 
 
