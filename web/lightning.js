@@ -46,3 +46,19 @@ app.registerExtension({
     showWhatMatters(node);
   },
 });
+
+// The original pack's example was saved before Load Sana CLIP had a max_length: name, device, dtype.
+app.registerExtension({
+  name: "lightning.sana",
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== "SanaCLIPLoader") return;
+    const configure = nodeType.prototype.configure;
+    nodeType.prototype.configure = function (info, ...rest) {
+      const saved = info?.widgets_values;
+      if (Array.isArray(saved) && saved.length === 3) {
+        info = { ...info, widgets_values: [saved[0], 300, saved[1], saved[2]] };
+      }
+      return configure.call(this, info, ...rest);
+    };
+  },
+});

@@ -441,12 +441,14 @@ def sana_nodes(rig: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     from hasten.hosts import comfy_sana_nodes
 
-    folder_paths = comfy_sana_nodes._folders()
-
     for kind in ("diffusion_models", "vae", "text_encoders"):
         (tmp_path / kind).mkdir()
-        paths = folder_paths.folder_names_and_paths[kind]
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], *paths[1:]))
+    folders = SimpleNamespace(
+        get_folder_paths=lambda kind: [str(tmp_path / kind)],
+        get_filename_list=lambda kind: [file.name for file in (tmp_path / kind).iterdir()],
+        get_full_path=lambda kind, name: str(tmp_path / kind / name) if (tmp_path / kind / name).is_file() else None,
+    )
+    monkeypatch.setattr(comfy_sana_nodes, "_folders", lambda: folders)
     from diffusers import AutoencoderDC, SanaTransformer2DModel
 
     weights = authors_layout(SanaTransformer2DModel.from_pretrained(folder / "transformer"))
