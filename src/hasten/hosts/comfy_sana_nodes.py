@@ -6,6 +6,7 @@ Files that cannot be used end in one sentence. What the nodes do lies in the oth
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ def _names(kind: str) -> list[str]:
     return [*_folders().get_filename_list(kind), *diffusers_folders()]
 
 
+def _needs(*packages: str) -> None:
+    """Raises ImportError with one sentence where a package that Sana needs is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"Sana needs the Python package {missing[0]}: run pip install -r requirements.txt in the pack's folder "
+            "with ComfyUI's Python, then restart."
+        )
+
+
 class Sana(io.ComfyNode):  # type: ignore[misc]
     """What the nodes here share."""
 
@@ -99,6 +110,7 @@ class SanaDiffusionLoader(Sana):
 
     @classmethod
     def execute(cls, model_name: str, model_type: str, weight_dtype: str, convert_model_dtype: bool) -> Any:
+        _needs("diffusers", "accelerate")
         from hasten.hosts.comfy_sana import load_model
 
         path = file_or_folder("diffusion_models", model_name)
@@ -134,6 +146,7 @@ class SanaCLIPLoader(Sana):
 
     @classmethod
     def execute(cls, model_name: str, max_length: int, device: str, dtype: str) -> Any:
+        _needs("transformers", "diffusers", "accelerate")
         from hasten.hosts.comfy_sana_text import load_clip
 
         folders = text_encoder_folders()
@@ -194,6 +207,7 @@ class SanaVAELoader(Sana):
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> Any:
+        _needs("diffusers", "accelerate")
         from hasten.hosts.comfy_sana_vae import load_vae
 
         vae, said = load_vae(file_or_folder("vae", model_name), dtype=dtype)
