@@ -156,7 +156,7 @@ def test_the_original_packs_example_runs(server: Server) -> None:
     said = {kind: lines[key][-1] for kind, key in kinds.items() if key in lines}
     assert said["ApplyFBCacheAndSkipBlocks"].startswith("computed ")
     assert "on the skip list not found" in said["ApplyFBCacheAndSkipBlocks"]  # flux-nano has no block 6
-    assert "package sageattention" in said["ApplySageAttention"] or "attention sage" in said["ApplySageAttention"]
+    assert "attention" in said["ApplySageAttention"]  # the back-end that it took, or why it took none
     assert "blocks are compiled" in said["CompileAndQuantizeModel"] or "not compiled" in said["CompileAndQuantizeModel"]
 
 
