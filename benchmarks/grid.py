@@ -73,6 +73,7 @@ def all_rows(steps: int) -> list[Row]:
         *(_ours("recipe", name, _predictor_of(name), name) for name in hasten.recipe_names()),
         *_gated(),
         *_intervals(),
+        *_inside_blocks(),
         *_schedules(steps),
         *_skips(steps),
         *_diffusers_rows(steps),
@@ -153,6 +154,22 @@ def _intervals() -> Iterator[Row]:
     for growth, predictor in ((0.25, "chebyshev"), (0.75, "chebyshev"), (0.25, "taylor2"), (0.75, "taylor2")):
         recipe = _cache(method="interval", every=2, growth=growth, **PREDICTORS[predictor])
         yield _ours("spectrum", f"growth={growth}", predictor, recipe, 10)
+
+
+def _inside_blocks() -> Iterator[Row]:
+    """Three full evaluations first and the last one full, as these methods have it; span rows with that schedule."""
+    for every, score in ((2, "attention"), (3, "attention"), (4, "attention"), (2, "age"), (4, "age")):
+        recipe = {**_cache(method="toca", every=every), "tokens": {"score": score}}
+        yield _ours("toca", f"every={every} score={score}", "hold", recipe, 28 / every + 4)
+    for every in (2, 3, 4):
+        recipe = {**_cache(method="duca", every=every), "tokens": {"score": "random"}}
+        yield _ours("duca", f"every={every} score=random", "hold", recipe, 28 / every + 4)
+    for method, warm in (("modules", {}), ("interval", {"start": 3 / 28})):
+        name = "modules" if method == "modules" else "interval warm 3"
+        for predictor, each in (("hold", (2, 3)), ("taylor1", (2, 3)), ("taylor2", (2, 3, 4, 5))):
+            for every in each:
+                recipe = _cache(method=method, every=every, **warm, **PREDICTORS[predictor])
+                yield _ours(name, f"every={every}", predictor, recipe, 28 / every + 3)
 
 
 def _schedules(steps: int) -> Iterator[Row]:

@@ -146,19 +146,23 @@ class Counter:
 
     It listens below the blocks, at the attention and the MLP in the middle of each stage, so it needs nobody's own
     count. An MLP has two thirds of a block's products: a cache that forecasts attention alone (diffusers' TaylorSeer
-    as it comes) is charged for the MLPs that it still computes. First blocks that gates run anyway are not counted.
+    as it comes) is charged for the MLPs that it still computes, and one that sends some of the tokens through them
+    (ToCa) for those. First blocks that gates run anyway are not counted.
     """
 
     def __init__(self, transformer: Any) -> None:
         self.runs = 0.0
+        self._tokens: dict[Any, int] = {}
         for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
             block = blocks[len(blocks) // 2]
             mlp = block.ff.net[0].proj if hasattr(block, "ff") else block.proj_mlp
             block.attn.to_q.register_forward_pre_hook(partial(self._count, 1 / 6))
             mlp.register_forward_pre_hook(partial(self._count, 2 / 6))
 
-    def _count(self, share: float, *_: Any) -> None:
-        self.runs += share
+    def _count(self, share: float, module: Any, given: Any) -> None:
+        tokens = given[0].shape[1]
+        whole = self._tokens[module] = max(tokens, self._tokens.get(module, 0))
+        self.runs += share * tokens / whole
 
     def take(self) -> float:
         """Evaluations since the last take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -126,6 +127,15 @@ def test_nothing_is_left_on_the_models_modules(name: str) -> None:
     hastened(pipe, INSIDE[name], steps=5)
     assert before == {n: {k: id(v) for k, v in vars(m).items()} for n, m in pipe.transformer.named_modules()}
     assert hooks == {n: list(m._forward_hooks) for n, m in pipe.transformer.named_modules()}
+
+
+def test_a_copied_model_is_listened_to_by_nobody() -> None:
+    pipe, other = flux(), flux()
+    stock = paint(pipe, steps=4)
+    with hasten.accelerate(pipe, INSIDE["toca"]):
+        other.transformer = copy.deepcopy(pipe.transformer)
+    assert same(paint(other, steps=4), stock)
+    assert not any(vars(module).get("hasten_tap") for module in other.transformer.modules())
 
 
 @pytest.mark.parametrize("name", INSIDE)

@@ -23,6 +23,9 @@ class Tap:
         self.given: Any = None
         self.out: Any = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is listened to by nobody."""
+
 
 class Taps:
     """The taps of one model, put on and taken off together."""

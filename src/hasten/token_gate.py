@@ -144,7 +144,9 @@ class TokenGate:
         after = run()
         seen, plan, terms = parts.seen(), call.plan, call.terms
         if seen is None:
-            terms.report.note(f"block {self.block} does not show its parts: it was computed in full each time")
+            terms.report.note(
+                "blocks that do not show their parts (fused layers, another attention processor) were computed in full"
+            )
             return after
         refreshes = plan.ratios[self.block] > 0.0
         score = self._score(parts, plan.tokens.score, plan.tokens.queries) if refreshes else None
