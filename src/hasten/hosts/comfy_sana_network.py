@@ -186,7 +186,7 @@ def build_network(
             if hosted is not None:
                 setattr(module, child, hosted)
         if "scale_shift_table" in module._parameters:
-            module.table = Table(module._parameters.pop("scale_shift_table").shape, exact)  # type: ignore[union-attr]
+            module.table = Table(module._parameters.pop("scale_shift_table").shape, exact)
     for block in network.transformer_blocks:
         block.attn2.processor = CrossAttention(block.attn2.processor)
     return network
