@@ -1,5 +1,6 @@
 # make demo       pictures with and without acceleration, on any CPU; sets everything up by itself
 # make test       the whole test suite; sets everything up by itself
+# make test-gpu   the tests that need a CUDA device
 # make check      format, lint, types and the fast tests
 # PYTHON=python3.12 make demo    chooses the interpreter of the environment
 
@@ -9,7 +10,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-fast test-comfyui benchmark clean FORCE
+.PHONY: help setup demo test check check-fast test-gpu test-comfyui benchmark clean FORCE
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,6 +28,10 @@ check: $(READY)
 
 check-fast: $(READY)
 	@$(VENV)/bin/python -m pytest -m "not slow and not gpu and not comfy"
+
+test-gpu: $(READY)
+	@$(VENV)/bin/python -m pytest -m gpu
+	@$(VENV)/bin/python -m pytest tests/test_rows.py tests/test_rows_compile.py
 
 test-comfyui: $(READY)
 	@test -f "$${COMFYUI_DIR:-.comfyui}/main.py" || { \

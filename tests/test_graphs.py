@@ -10,7 +10,7 @@ import torch
 from runs import flux, hastened, prompt, recipe
 
 import hasten
-from hasten.compile import Compiler
+from hasten.compile import Compiler, cannot_compile
 
 RECIPES = {
     "none": recipe(),
@@ -123,3 +123,21 @@ def hastened_latents(pipe: Any) -> torch.Tensor:
     from runs import paint as plain
 
     return plain(pipe, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_a_rotary_embedding_compiles_with_an_open_base() -> None:
+    """What once ended in "'SymInt' object has no attribute 'size'": a power of a whole number that torch leaves open."""
+
+    def rope(places: torch.Tensor, width: int, theta: int) -> torch.Tensor:
+        scale = torch.linspace(0, (width - 2) / width, steps=width // 2, dtype=torch.float64)
+        angles = places.float()[..., None] * (1.0 / (theta**scale))
+        return torch.stack([torch.cos(angles), -torch.sin(angles)], dim=-1).float()
+
+    if cannot_compile() is not None:
+        pytest.skip("no C++ compiler")
+    compiled = torch.compile(rope, dynamic=True, fullgraph=True)
+    for tokens, theta in ((7, 10000), (9, 10000), (11, 20000)):
+        places = torch.arange(tokens)[None]
+        torch.testing.assert_close(compiled(places, 16, theta), rope(places, 16, theta))
