@@ -128,7 +128,7 @@ def hastened_latents(pipe: Any) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_a_rotary_embedding_compiles_with_an_open_base() -> None:
-    """What once ended in "'SymInt' object has no attribute 'size'": a power of a whole number that torch leaves open."""
+    """What ended in "'SymInt' object has no attribute 'size'": a power of a whole number that torch leaves open."""
 
     def rope(places: torch.Tensor, width: int, theta: int) -> torch.Tensor:
         scale = torch.linspace(0, (width - 2) / width, steps=width // 2, dtype=torch.float64)
