@@ -7,6 +7,7 @@ Sources: ToCa (arXiv 2410.05317), DuCa (2412.18911), TaylorSeer (2503.06923), FO
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,8 @@ from hasten.kernels.gated_sum import gated_sum
 from hasten.lane import Row
 from hasten.policy import Decision
 from hasten.tokens import with_spatial_bonus
+
+_log = logging.getLogger("hasten")
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,9 @@ def plan_memory(call: Call, tensors: list[Tensor]) -> None:
     for row in call.rows:
         if not row.lane.planned:
             row.lane.planned = True
-            terms.report.cache_mib_planned += (numbers * kept * each + seam) / 2**20
+            planned = (numbers * kept * each + seam) / 2**20
+            terms.report.cache_mib_planned += planned
+            _log.info("what is remembered inside the blocks will take %.0f MiB for this condition", planned)
 
 
 def _drawn(seed: int) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (B, H, N, D). cos, sin: (N, D / 2), (1, 1, N, D / 2) or (B, 1, N, D / 2). Source: FLUX.1, math.py.
     """
-    turned: Tensor = torch.ops.hasten.rotated(x.contiguous(), cos.float().contiguous(), sin.float().contiguous())
+    given = (x.contiguous(), cos.float().contiguous(), sin.float().contiguous())
+    if x.is_cuda and not torch.compiler.is_compiling():
+        at_once: Tensor = _on_cuda(*given)  # a dispatch costs as much as a launch
+        return at_once
+    turned: Tensor = torch.ops.hasten.rotated(*given)
     return turned
 
 
