@@ -207,3 +207,21 @@ def test_calibration_measures_a_table() -> None:
     options = {"num_inference_steps": 3, "height": 128, "width": 128, "use_resolution_binning": False}
     ratios = calibrate(pipe, ["a red ball"], **options)
     assert len(ratios) == 3 and ratios[0] == 1.0
+
+
+def test_linear_layers_are_kept_in_8_bits_and_put_back() -> None:
+    pipe = sana()
+    stock = paint(pipe, steps=4)
+    eight, report = hastened(pipe, {"schema": 1, "quantize": {"format": "int8"}}, steps=4)
+    assert 0 < float((eight - stock).norm() / stock.norm()) < 0.05
+    assert "blocks in int8" in report.line()
+    assert same(paint(pipe, steps=4), stock)
+
+
+def test_blocks_are_compiled_under_the_gates() -> None:
+    pipe = sana()
+    compile_ = {"compile": {"blocks": True, "backend": "eager"}}
+    plain, report = hastened(pipe, {"schema": 1, **compile_}, steps=4)
+    latents, _ = hastened(pipe, {**ALWAYS["fbcache"], **compile_}, steps=4)
+    assert same(latents, plain) and "compiled" in report.line()
+    assert hastened(pipe, {**EAGER["interval"], **compile_}, steps=4)[1].strip == "C..."

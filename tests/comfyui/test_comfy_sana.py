@@ -538,3 +538,41 @@ def test_bad_lists_pass_the_model_through(sana_nodes: Any, load: Any) -> None:
         end=1.0, max_consecutive_cache_hits=-1,
     )  # fmt: skip
     assert out is model
+
+
+def test_most_of_it_may_stay_offloaded(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core's low-VRAM load: layers and tables are cast as they are used, and reuse goes on as before."""
+    import comfy.model_management as management
+    from comfy.model_patcher import ModelPatcher
+
+    latent, given = noise(1, 32, 4, 4, seed=7), words(6)
+    model = load(sana().transformer)
+    plain = sample(model, given, latent)
+    management.unload_all_models()
+    whole = ModelPatcher.load
+
+    def partly(self: Any, device_to: Any = None, lowvram_model_memory: float = 0, **how: Any) -> Any:
+        return whole(self, device_to, lowvram_model_memory=self.model_size() // 2, **{**how, "full_load": False})
+
+    monkeypatch.setattr(type(model), "load", partly)
+    patched = host.put_recipe(model, Recipe.from_dict(EAGER["interval"]))
+    assert apart(sample(model, given, latent), plain) < 1e-6
+    assert model.model.model_lowvram
+    sample(patched, given, latent)
+    assert host.reports_of(patched)[-1].strip == "C...."
+    monkeypatch.undo()
+    management.unload_all_models()
+
+
+def test_blocks_are_compiled_one_by_one(load: Any) -> None:
+    from hasten.hosts import comfy_compile
+
+    latent, given = noise(1, 32, 4, 4, seed=7), words(6)
+    model = load(sana().transformer)
+    plain = sample(model, given, latent)
+    compiled, said = comfy_compile.compile_blocks(model, backend="eager")[:2]
+    assert "4 blocks" in str(said)
+    assert apart(sample(compiled, given, latent), plain) < 1e-6
+    patched = host.put_recipe(compiled, Recipe.from_dict(EAGER["interval"]))
+    sample(patched, given, latent)
+    assert host.reports_of(patched)[-1].strip == "C...."

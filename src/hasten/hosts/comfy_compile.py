@@ -37,13 +37,14 @@ def cannot_compile(backend: str) -> str | None:
 
 def block_keys(model: Any) -> list[str]:
     """The names of a model's transformer blocks, as ComfyUI addresses them; empty for a network without any."""
-    network = model.model.diffusion_model
-    return [
-        f"diffusion_model.{stack}.{index}"
-        for stack in STACKS
-        if isinstance(getattr(network, stack, None), nn.ModuleList)
-        for index in range(len(getattr(network, stack)))
-    ]
+    network, keys, seen = model.model.diffusion_model, [], set()
+    for name in STACKS:
+        stack = getattr(network, name, None)
+        # One stack may go by two names, as Sana's does.
+        if isinstance(stack, nn.ModuleList) and id(stack) not in seen:
+            seen.add(id(stack))
+            keys += [f"diffusion_model.{name}.{index}" for index in range(len(stack))]
+    return keys
 
 
 def compile_blocks(

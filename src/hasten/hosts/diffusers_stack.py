@@ -22,7 +22,7 @@ from hasten.sections import Compile, Quantize
 
 # What stays in the model's own dtype, and why. Modulation sees one row for each picture: nothing to gain, and its error
 # falls on every token. Embedders and the last layer are small and stand at the ends, where no later layer evens it out.
-QUANTISED = ("attn.", "ff.", "ff_context.", "proj_mlp", "proj_out")
+QUANTISED = ("attn.", "attn1.", "attn2.", "ff.", "ff_context.", "proj_mlp", "proj_out")
 
 STACK = "hasten_stack"  # where a transformer's stack is found again
 
