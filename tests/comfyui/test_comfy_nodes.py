@@ -15,6 +15,7 @@ import hasten
 from hasten.hosts import comfy as host
 from hasten.hosts import comfy_lines
 from hasten.recipe import Recipe
+from hasten.sparse import load_settings
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
 
@@ -32,6 +33,11 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     },
     "ApplySageAttention": {"model": None, "use_SageAttention": True},
     "ApplyFastCuDNNKernels": {"model": None, "switch": True, "float32_matmul_precision": None},
+    "ApplySpargeAttn": {
+        "model": None, "l1": 0.06, "pv_l1": 0.065, "enable_tuning_mode": False, "parallel_tuning": False,
+        "tuned_hyperparams": None, **SKIPS,
+    },
+    "SaveSpargeAttnHyperparams": {"model": None, "filename_prefix": "spargeattn_hyperparams"},
     "CompileAndQuantizeModel": {
         "model": None, "vae": None, "do_compile": True, "dynamic": False, "fullgraph": False, "backend": "inductor",
     },
@@ -126,6 +132,41 @@ def test_attention_and_compile_say_what_they_did(
             both = nodes[name].execute(both, *values)[0]
         rig.sample(both)
         assert any(text.startswith("computed ") and text.endswith("attention sdpa") for text in said)
+
+
+def test_spargeattn_tunes_saves_and_loads_in_one_workflow(
+    nodes: dict[str, Any], rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+    import folder_paths
+
+    said: list[str] = []
+    monkeypatch.setattr(host, "tell", lambda node, text: said.append(text))
+    monkeypatch.setattr(comfy_lines, "tell", lambda node, text: said.append(text))
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    given = {**ORIGINAL["ApplySpargeAttn"], "model": model, "tuned_hyperparams": "None"}
+    given["skip_DoubleStreamBlocks"] = "1"
+    stock = rig.sample(model)
+    assert nodes["ApplySpargeAttn"].execute(**given)[0] is model
+    assert said.pop() == "left as it is: sparse attention needs an NVIDIA GPU, attention is left as it is"
+    assert nodes["ApplySpargeAttn"].execute(**{**given, "enable_tuning_mode": True, "pv_l1": 0.01})[0] is model
+    assert "pv_l1 must be above l1" in said.pop()
+    tuned = nodes["ApplySpargeAttn"].execute(**{**given, "enable_tuning_mode": True})[0]
+    nodes["SaveSpargeAttnHyperparams"].execute(tuned, "mine")
+    assert said[-1].startswith("nothing was tuned yet")
+    assert torch.equal(rig.sample(tuned), stock)
+    files = list(tmp_path.glob("mine_*.safetensors"))
+    assert len(files) == 1
+    settings = load_settings(files[0])
+    assert "double_blocks.0" in settings and "double_blocks.1" not in settings and "single_blocks.3" in settings
+    nodes["SaveSpargeAttnHyperparams"].execute(tuned, "mine")
+    assert "dense is faster here" in said[-1] and "calls are left: queue it again" in said[-1]
+    nodes["SaveSpargeAttnHyperparams"].execute(model, "mine")
+    assert said[-1].startswith("nothing to save")
+    assert torch.equal(rig.sample(model), stock)
 
 
 def test_recipes_are_built_and_read_from_files(nodes: dict[str, Any], tmp_path: Path) -> None:
