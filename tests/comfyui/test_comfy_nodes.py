@@ -139,8 +139,9 @@ def test_spargeattn_tunes_saves_and_loads_in_one_workflow(
 ) -> None:
     if not rig.overrides_attention():
         pytest.skip("this ComfyUI takes no other attention")
-    import folder_paths
+    from hasten.hosts.comfy_sana_nodes import _folders
 
+    folder_paths = _folders()
     said: list[str] = []
     monkeypatch.setattr(host, "tell", lambda node, text: said.append(text))
     monkeypatch.setattr(comfy_lines, "tell", lambda node, text: said.append(text))

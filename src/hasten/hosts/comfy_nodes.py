@@ -655,7 +655,7 @@ class ApplySpargeAttn(Lightning):
 
     @classmethod
     def define_schema(cls) -> Any:
-        import folder_paths
+        folder_paths = comfy_sana_nodes._folders()
 
         return io.Schema(
             node_id="ApplySpargeAttn",
@@ -685,7 +685,7 @@ class ApplySpargeAttn(Lightning):
         cls, model: Any, l1: float, pv_l1: float, enable_tuning_mode: bool, parallel_tuning: bool,
         tuned_hyperparams: str, skip_DoubleStreamBlocks: str, skip_SingleStreamBlocks: str,
     ) -> Any:  # fmt: skip
-        import folder_paths
+        folder_paths = comfy_sana_nodes._folders()
 
         try:
             skip = comfy_inputs.skip_lists(skip_DoubleStreamBlocks, skip_SingleStreamBlocks)
@@ -737,7 +737,7 @@ class SaveSpargeAttnHyperparams(Lightning):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str) -> Any:
-        import folder_paths
+        folder_paths = comfy_sana_nodes._folders()
 
         search = comfy_sparge.search_of(model)
         if search is None:
