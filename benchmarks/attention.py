@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                   # writes benchmarks/results/attention.csv
     python benchmarks/attention.py --rounds 3        # shorter
+    python benchmarks/attention.py --readme          # only the README's table, from the file
 
 Noise with outlying keys at N = 4608 (1024x1024) and 16896 (2048x2048), 24 heads of 128, batch 1; and flux-nano's own
 q, k, v of one step in the middle of a picture at 512x512. Each is first compared with float32 softmax in full (sparse
@@ -25,7 +26,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+from tables import rewrite  # noqa: E402
 
 from hasten.attention_backends import BACKENDS, SPARSE, Ask, sparse  # noqa: E402
 
@@ -161,14 +164,38 @@ def measure(name: str, given: list[Tensor], rounds: int) -> list[Row]:
     return table
 
 
+def readme(file: Path) -> None:
+    """The README's table from the file: each back-end's time against cuDNN's in the same run, and its error."""
+    with file.open(encoding="utf-8", newline="") as opened:
+        table = list(csv.DictReader(opened))
+    found = {(row["backend"], row["density"], row["input"], row["n"]): row for row in table}
+    sizes = sorted({int(row["n"]) for row in table if row["input"] == "noise"})
+    rows = []
+    for backend, density in dict.fromkeys((row["backend"], row["density"]) for row in table):
+        cells = [backend if density == "1.0" else f"{backend}, {density} of the blocks"]
+        for n in sizes:
+            row, base = found[backend, density, "noise", str(n)], found["cudnn", "1.0", "noise", str(n)]
+            cells.append(f"{float(row['ms']):.3f} ({float(base['ms']) / float(row['ms']):.2f}x)")
+        own = [found[backend, density, "noise", str(sizes[0])]]
+        own += [row for key, row in found.items() if key[:2] == (backend, density) and key[2] == "flux-nano"]
+        cells += [f"{float(row['rel_l1']):.4f}" for row in own]
+        rows.append(cells)
+    heads = [f"N = {n}, ms (against cuDNN)" for n in sizes]
+    rewrite("attention", ("back-end", *heads, "error on noise", "error on flux-nano"), rows)
+
+
 def main() -> None:
-    """Measures and writes the table."""
+    """Measures, writes the table, and the README's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", type=int, nargs="*", default=[4608, 16896])
     parser.add_argument("--without-nano", action="store_true", help="leave flux-nano's own q, k, v out")
+    parser.add_argument("--readme", action="store_true", help="only rewrite the README's table from the file")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attention.csv")
     given = parser.parse_args()
+    if given.readme:
+        readme(given.out)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU; without one `hasten doctor` says what could be used.")
     table = [row for rows in given.sizes for row in measure("noise", noise(rows), given.rounds)]
@@ -178,6 +205,8 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(asdict(row) for row in table)
+    if given.out == parser.get_default("out") and not given.without_nano:
+        readme(given.out)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for row in table:
         print(*asdict(row).values(), sep="\t")

@@ -2,7 +2,7 @@
 
 Floor, for B 1, H 24, D 128, after `eight.prepare`: 4 N^2 H D products, 0.26 T at N = 4608, 132 us at an H200's
 1979 T/s for 8 bits; the N^2 H exponentials take 137 us at 16 a clock on each of 132 multiprocessors, so the two must
-overlap, and half of the exponentials are read off a straight line (see attention8_triton.py).
+overlap, and exponentials are read off a straight line (see attention8_triton.py): half of them by the Hopper kernel.
 
 Each block's P V is added up in float32 by itself, because the tensor cores keep only some 13 bits of an e4m3 sum.
 """
@@ -77,8 +77,8 @@ def attend_plain(
 ) -> Tensor:  # fmt: skip
     """softmax(q k^T) v by the plain kernel, (B, N, H, D) of `dtype`. v: (B, H, N, D), read where eight.v is None.
 
-    chosen: the blocks of keys to attend to; skip_below (H,): see the kernel. lines: half of the exponentials by the
-    straight line between powers of two, within e4m3's own rounding.
+    chosen: the blocks of keys to attend to; skip_below (H,): see the kernel. lines: exponentials by the straight
+    line between powers of two, within e4m3's own rounding.
     """
     assert chosen is None or keys == BLOCK
     dim = eight.q.shape[2]

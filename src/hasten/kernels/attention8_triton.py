@@ -13,7 +13,7 @@ import triton.language as tl
 BLOCK = tl.constexpr(128)
 # P is carried as P * 448 in e4m3, whose largest number that is; the row's sum carries the same factor and cancels it.
 LOG2_448 = tl.constexpr(8.807354922057604)
-# Every second 2^x is read off the straight line between powers of two, for the exponential unit is the bottleneck:
+# 2^x is read off the straight line between powers of two, for the exponential unit is slow:
 # x + 127 with 12 bits after the point, which 1.5 * 2^11 puts at the low end of a float's bits, is, moved up by 11
 # bits, that line as a float. It lies above 2^x by up to 6.1 %; less LINE_SHIFT in the exponent it lies around it, as
 # near as e4m3's own rounding.
