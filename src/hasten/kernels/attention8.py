@@ -103,9 +103,7 @@ def attend_plain(
     return out
 
 
-def attend_hopper(
-    eight: Eight, dtype: torch.dtype, *, stages: int = 3, lines: int = 1, bits: bool = True, cut: bool = True
-) -> Tensor:
+def attend_hopper(eight: Eight, dtype: torch.dtype) -> Tensor:
     """The same in e4m3 by the Hopper kernel."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -124,7 +122,7 @@ def attend_hopper(
     programs = _multiprocessors(device)
     # A last round that is not full is cut along the keys, so that every multiprocessor has a share of it.
     rest = tiles % programs
-    splits = min(programs // rest, key_blocks, 4) if rest and cut else 1
+    splits = min(programs // rest, key_blocks, 4) if rest else 1
     whole = tiles - rest if splits > 1 else tiles
     items = whole + (tiles - whole) * splits
     cut_rows = max(1, (items - whole) * 3 * own)
@@ -137,7 +135,7 @@ def attend_hopper(
         TensorDescriptor.from_tensor(eight.v.view(-1, eight.padded), [dim, keys], turned),
         eight.q_scale, eight.k_scale, eight.v_scale, out, cut_out, cut_lse, *at_out,
         eight.heads, eight.rows, eight.padded, row_blocks, items, whole, splits, key_blocks,
-        D=dim, M=own, N=keys, STAGES=stages, TAIL=eight.rows % keys != 0, LINES=lines, BITS=bits, REGISTERS=160,
+        D=dim, M=own, N=keys, STAGES=3, TAIL=eight.rows % keys != 0, REGISTERS=160,
         num_warps=4,
     )  # fmt: skip
     if splits > 1:

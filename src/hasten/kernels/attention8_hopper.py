@@ -77,41 +77,27 @@ def _fetch(
 @gluon.jit
 def _weigh(
     score, q_step, k_step, v_now, v_before, biggest, total, left, one,
-    M: gl.constexpr, N: gl.constexpr, TAIL: gl.constexpr, LINES: gl.constexpr, BITS: gl.constexpr,
+    M: gl.constexpr, N: gl.constexpr, TAIL: gl.constexpr,
     score_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """One block's softmax: P in e4m3 as the next product wants it, and the running state."""
     step = q_step * k_step
-    if BITS:  # noqa: SIM108 - one branch is compiled
-        value = (score * one + FLOAT_BITS).to(gl.float32, bitcast=True)
-    else:
-        value = score.to(gl.float32)
+    value = (score * one + FLOAT_BITS).to(gl.float32, bitcast=True)
     if TAIL:
         keys = gl.arange(0, N, gl.SliceLayout(0, score_layout))
         value = gl.where((keys < left)[None, :], value, float("-inf"))
-    if BITS:
-        now = gl.maximum(biggest, (gl.max(value, 1) - FLOAT_BASE) * step)
-        base = FLOAT_BASE * step + (now - LOG2_448)
-    else:
-        now = gl.maximum(biggest, gl.max(value, 1) * step)
-        base = now - LOG2_448
+    now = gl.maximum(biggest, (gl.max(value, 1) - FLOAT_BASE) * step)
+    base = FLOAT_BASE * step + (now - LOG2_448)
     shrink = gl.exp2(biggest - now)
-    if LINES == 2:
-        line = value * step[:, None] - (base - (LINE_BASE - LINE_SHIFT))[:, None]
-        line = gl.maximum(line, LINE_LEAST).to(gl.int32, bitcast=True) * (one << 11)
-        weight = line.to(gl.float32, bitcast=True)
-    elif LINES == 1:
-        even, odd = gl.split(gl.reshape(value, [M, N // 2, 2]))
-        half: gl.constexpr = gl.SliceLayout(1, even.type.layout)
-        half_step = gl.convert_layout(step, half)
-        half_base = gl.convert_layout(base, half)
-        exact = gl.exp2(even * half_step[:, None] - half_base[:, None])
-        line = odd * half_step[:, None] - (half_base - (LINE_BASE - LINE_SHIFT))[:, None]
-        line = gl.maximum(line, LINE_LEAST).to(gl.int32, bitcast=True) * (one << 11)
-        weight = gl.reshape(gl.join(exact, line.to(gl.float32, bitcast=True)), [M, N])
-        weight = gl.convert_layout(weight, score_layout, assert_trivial=True)
-    else:
-        weight = gl.exp2(value * step[:, None] - base[:, None])
+    even, odd = gl.split(gl.reshape(value, [M, N // 2, 2]))
+    half: gl.constexpr = gl.SliceLayout(1, even.type.layout)
+    half_step = gl.convert_layout(step, half)
+    half_base = gl.convert_layout(base, half)
+    exact = gl.exp2(even * half_step[:, None] - half_base[:, None])
+    line = odd * half_step[:, None] - (half_base - (LINE_BASE - LINE_SHIFT))[:, None]
+    line = gl.maximum(line, LINE_LEAST).to(gl.int32, bitcast=True) * (one << 11)
+    weight = gl.reshape(gl.join(exact, line.to(gl.float32, bitcast=True)), [M, N])
+    weight = gl.convert_layout(weight, score_layout, assert_trivial=True)
     total = total * shrink + gl.sum(weight, 1)
     shrink = shrink * (v_before / v_now)
     p = weight.to(gl.float8e4nv)
@@ -126,7 +112,7 @@ def _consume(
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
-    LINES: gl.constexpr, BITS: gl.constexpr,
+   
 ):  # fmt: skip
     """One warp group: 64 rows of every item of this program."""
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
@@ -169,7 +155,7 @@ def _consume(
             gl.thread_barrier()
             mbarrier.arrive(k_empty.index(slot))
             p, biggest, total, shrink = _weigh(
-                score, q_step, k_now, v_now, v_before, biggest, total, 0, one, M, N, False, LINES, BITS, score_layout,
+                score, q_step, k_now, v_now, v_before, biggest, total, 0, one, M, N, False, score_layout,
                 p_layout,
             )  # fmt: skip
             shrink = gl.convert_layout(shrink, out_rows)
@@ -192,7 +178,7 @@ def _consume(
         mbarrier.arrive(k_empty.index(slot))
         mbarrier.arrive(q_empty.index(group))
         p, biggest, total, shrink = _weigh(
-            score, q_step, k_now, v_now, v_before, biggest, total, rows - (high - 1) * N, one, M, N, TAIL, LINES, BITS,
+            score, q_step, k_now, v_now, v_before, biggest, total, rows - (high - 1) * N, one, M, N, TAIL,
             score_layout, p_layout,
         )  # fmt: skip
         mbarrier.wait(v_full.index(slot), phase)
@@ -221,8 +207,8 @@ def _consume(
 def attend(
     q_desc, k_desc, v_desc, q_scale, k_scale, v_scale, out, cut_out, cut_lse, out_batch, out_head, out_row,
     heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
-    D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, LINES: gl.constexpr,
-    BITS: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v in tiles of 3 M rows; as many programs as the GPU has multiprocessors, at most."""
     GROUPS: gl.constexpr = 3
@@ -250,13 +236,13 @@ def attend(
         [
             (_consume, (zero, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL, LINES, BITS)),
+                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
             (_consume, (one, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL, LINES, BITS)),
+                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
             (_consume, (two, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL, LINES, BITS)),
+                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
             (_fetch, (q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 row_blocks, items, whole, splits, key_blocks, padded, D, M, N, GROUPS, STAGES)),
         ],
