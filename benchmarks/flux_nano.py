@@ -93,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="rounding in bfloat16 would hide what is to be compared")
     parser.add_argument("--part", choices=("both", "pictures", "seconds"), default="both")
     parser.add_argument("--take", type=Path, help="write the table from lines that another machine left in .cache")
+    parser.add_argument("--no-converged", action="store_true", help="leave psnr_converged_db empty: it costs the most")
     parser.add_argument("--quick", action="store_true", help="4 prompts, 1 timed, 12 steps for what is converged")
     parser.add_argument("--only", help="rows whose method/knob/predictor contains this")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
@@ -116,7 +117,7 @@ def settings_of(given: argparse.Namespace) -> Settings:
         batch=given.batch,
         device=device,
         dtype=given.dtype,
-        converged_steps=12 if given.quick else CONVERGED_STEPS,
+        converged_steps=0 if given.no_converged else 12 if given.quick else CONVERGED_STEPS,
     )
 
 
@@ -134,12 +135,15 @@ def pending(plan: Plan, rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.name not in done]
 
 
-def references(plan: Plan, studio: Studio) -> tuple[torch.Tensor, torch.Tensor] | None:
+def references(plan: Plan, studio: Studio) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The uncached pictures and the converged ones, each (N, 3, H, W), drawn once for these weights and settings."""
     if not plan.pictures:
         return None
-    both = []
+    both: list[Any] = []
     for steps in (studio.settings.steps, studio.settings.converged_steps):
+        if not steps:
+            both.append(None)
+            continue
         file = CACHE / f"pictures-{steps}-{studio.settings.key(steps)}.pt"
         if not file.is_file():
             begin = time.perf_counter()
@@ -178,7 +182,7 @@ def say_estimate(studio: Studio, plan: Plan, rows: Sequence[Row]) -> None:
 
 
 def measure_rows(
-    plan: Plan, studio: Studio, rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor] | None
+    plan: Plan, studio: Studio, rows: Sequence[Row], drawn: tuple[torch.Tensor, torch.Tensor | None] | None
 ) -> None:
     """Measures the rows, some at a time, and appends each group to the partial file as it is done."""
     if not rows:

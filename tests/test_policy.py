@@ -236,7 +236,7 @@ def test_a_stretched_schedule_keeps_its_ends_and_its_order(intervals: int) -> No
     found = stretched(steps, 28, intervals)
     assert {0, intervals - 1} <= found
     assert max(found) == intervals - 1 and min(found) == 0
-    assert len(found) == min(intervals, max(4, round(8 * intervals / 28)))
+    assert len(found) == (intervals if intervals < 12 else min(intervals, round(8 * (intervals / 28) ** 0.5)))
     if intervals >= 20:  # dense where the list is dense: early
         assert sorted(found)[1] - sorted(found)[0] < sorted(found)[-1] - sorted(found)[-2]
     assert stretched(steps, 28, 28) == steps
@@ -244,7 +244,14 @@ def test_a_stretched_schedule_keeps_its_ends_and_its_order(intervals: int) -> No
 
 
 def test_a_stretched_schedule_is_what_the_policy_follows() -> None:
-    assert fulls(replay(free("schedule", steps=(0, 2, 4), of=5), [None] * 9)) == [0, 2, 4, 6, 8]
+    assert fulls(replay(free("schedule", steps=(0, 2, 4), of=5), [None] * 20)) == [0, 4, 8, 11, 15, 19]
+
+
+def test_a_run_too_short_for_a_list_is_computed_in_full_and_says_why() -> None:
+    policy = make_policy(Cache(method="schedule", steps=(0, 2, 4), of=28), (1,))
+    moments = [Moment(i, i, 4, 1 - i / 4) for i in range(4)]
+    assert not any(policy.rule.reuse(moment, None, 0) for moment in moments)
+    assert policy.rule.why(None, 0) == "too few steps for a list of 28"
 
 
 def why(cache: Cache, interval: int, intervals: int, sigma: float = 0.5, index: int = 9) -> str | None:

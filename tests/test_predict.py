@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hasten.moment import Moment, Timeline
-from hasten.predict import Chebyshev, Hold, Predictor, Taylor, chebyshev_weights, make_predictor, newton_weights
+from hasten.predict import Chebyshev, Damped, Hold, Predictor, Taylor, chebyshev_weights, make_predictor, newton_weights
 from hasten.recipe import Cache
 
 
@@ -84,6 +84,7 @@ PREDICTORS: list[Predictor] = [
     Taylor(0),
     Taylor(1),
     Taylor(2),
+    Damped(0.15),
     Chebyshev(degree=4, ridge=0.1, blend=0.5, window=10, low=0.0, high=1.0),
     Chebyshev(degree=8, ridge=0.0, blend=1.0, window=16, low=0.0, high=1.0),
     make_predictor(
@@ -110,10 +111,21 @@ def test_weights_are_finite_and_one_for_each_delta(predictor: Predictor, count: 
     assert all(isinstance(weight, float) for weight in weights)
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS[:5], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("predictor", PREDICTORS[:6], ids=lambda p: type(p).__name__)
 def test_what_does_not_change_is_predicted_to_stay(predictor: Predictor) -> None:
     # A ridge shrinks towards 0, so Chebyshev keeps it only nearly.
     assert sum(predictor.weights([0.9, 0.8, 0.6, 0.5], at(0.45))) == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_damped_trend_is_half_a_parabola_near_by_and_the_newest_delta_far_away() -> None:
+    past = [0.9, 0.8, 0.6]
+    near = Damped(1e6).weights(past, at(0.45))
+    line, bent = newton_weights(past, 0.45, 1), newton_weights(past, 0.45, 2)
+    assert near == pytest.approx([(x + b) / 2 for x, b in zip(line, bent, strict=True)])
+    assert Damped(0.01).weights(past, at(0.45)) == pytest.approx([0.0, 0.0, 1.0])
+    # At one reach the trend is worth 1/e: of a straight line 1/e of the way is gone.
+    value = sum(w * (1 - s) for w, s in zip(Damped(0.15).weights(past[1:], at(0.45)), past[1:], strict=True))
+    assert value == pytest.approx(0.4 + 0.15 / np.e)
 
 
 def test_blend_is_the_share_of_chebyshev() -> None:

@@ -43,9 +43,10 @@ def random_settings(rng: random.Random) -> dict[str, Any]:
         "ridge": rng.uniform(0, 1),
         "blend": rng.random(),
         "window": rng.randrange(2, 17),
+        "reach": rng.uniform(0.01, 1),
         "device": rng.choice(["auto", "cpu"]),
         "dtype": rng.choice(["model", "float32"]),
-        "predictor": rng.choice(["hold", "taylor", "chebyshev"]),
+        "predictor": rng.choice(["hold", "taylor", "chebyshev", "damped"]),
     }
     cache |= {key: value for key, value in some.items() if rng.random() < 0.5}
     if method == "schedule":
@@ -190,6 +191,7 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"degree": 9},
     {"ridge": -1},
     {"blend": 1.5},
+    {"reach": 0.0},
     {"window": 1},
     {"window": 17},
     {"of": -1},

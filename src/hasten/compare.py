@@ -210,7 +210,8 @@ def warming(recipe: Recipe) -> tuple[Recipe, int]:
     cache = recipe.cache
     always = {"threshold": 10.0, "thresholds": (), "coefficients": (0.0,)}
     limits = {"start": 0.0, "end": 1.0, "sigma_start": None, "sigma_end": None, "first": True, "last": False}
-    deltas = {"taylor": cache.order + 1, "chebyshev": cache.window, "weights": max(map(len, cache.weights), default=1)}
+    longest = max(map(len, cache.weights), default=1)
+    deltas = {"taylor": cache.order + 1, "chebyshev": cache.window, "damped": 3, "weights": longest}
     count = deltas.get(cache.predictor, 1)
     plain = Cache()
     sums = {name: getattr(plain, name) for name in ("order", "degree", "ridge", "blend", "weights")}

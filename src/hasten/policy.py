@@ -149,37 +149,40 @@ class Interval:
 
 
 class Listed:
-    """Compute exactly the listed steps of the whole schedule; a list for another length keeps its share and shape."""
+    """Compute exactly the listed steps of the whole schedule; a list for another length keeps its shape."""
 
     def __init__(self, steps: tuple[int, ...], of: int) -> None:
         self.steps, self.of = frozenset(steps), of
+        self.short = False
 
     def reuse(self, moment: Moment, change: float | None, seam: int) -> bool:
+        self.short = moment.steps < SHORT and self.of not in (0, moment.steps)
         return moment.step not in stretched(self.steps, self.of, moment.steps)
 
     def computed(self, moment: Moment, *, forced: bool) -> None:
         pass
 
     def why(self, change: float | None, seam: int) -> str:
-        return "schedule"
+        return f"too few steps for a list of {self.of}" if self.short else "schedule"
 
 
-FEWEST = 4
+SHORT = 12
 
 
 def stretched(steps: frozenset[int], of: int, intervals: int) -> frozenset[int]:
-    """The steps of a run of `of` intervals as a run of `intervals` takes them: the same share of it, in the same shape.
+    """The steps of a run of `of` intervals as a run of `intervals` takes them; as they are for of = 0.
 
-    A run of 50 with a list of 12 of 28 computes 21: their places are read off the list as a curve, rank against
-    position, so that steps stand as densely where they stood densely. A short run keeps FEWEST, where so many are
-    listed: a share of eight steps leaves nothing to forecast from. As they are for of = 0.
+    Their places are read off the list as a curve, rank against position, so that steps stand as densely where they
+    stood densely. Their number grows with the square root of the run's: a trajectory needs about as many evaluations
+    however finely it is cut, so a list of 12 of 28 computes 16 of 50 and 9 of 16. A run shorter than SHORT computes
+    everything: its steps are too long to forecast over.
     """
     if of in (0, intervals) or of < 2 or len(steps) < 2:
         return steps
-    if intervals < 2:
-        return frozenset({0})
+    if intervals < SHORT:
+        return frozenset(range(intervals))
     listed = sorted(steps)
-    count = min(intervals, max(min(FEWEST, len(listed)), round(len(listed) * intervals / of)))
+    count = min(intervals, max(2, round(len(listed) * math.sqrt(intervals / of))))
     scale, found = (intervals - 1) / (of - 1), [-1]
     for rank in range(count):
         place = round(_between(listed, rank * (len(listed) - 1) / (count - 1)) * scale)

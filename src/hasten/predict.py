@@ -6,6 +6,7 @@ tensor work behind every one of them is the same weighted sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -95,6 +96,25 @@ class Chebyshev:
         return [self.blend * w + (1.0 - self.blend) * n for w, n in zip(wide, near, strict=True)]
 
 
+class Damped:
+    """Trends trusted near by and let go far away.
+
+    hold + a (line - hold) + a/2 (parabola - line), a = exp(-(d/reach)^2); d: how far sigma has fallen since the newest delta; reach: where a trend is worth 1/e. At d = 0 this is half a
+    parabola, half a line, which overshoots less than either; far away it is the newest delta as it is, which errs by
+    what the delta moves and no more. Damped trends: Gardner and McKenzie, Management Science 31 (1985).
+    """
+
+    window = 3
+
+    def __init__(self, reach: float) -> None:
+        self.reach = reach
+
+    def weights(self, past_sigmas: Sequence[float], moment: Moment) -> list[float]:
+        held, line, bent = (newton_weights(past_sigmas, moment.sigma, order) for order in (0, 1, 2))
+        trust = math.exp(-(((past_sigmas[-1] - moment.sigma) / self.reach) ** 2))
+        return [h + trust * (x - h + 0.5 * (b - x)) for h, x, b in zip(held, line, bent, strict=True)]
+
+
 class Fitted:
     """Weights fitted to one run, a row for each reused step in order, newest delta last.
 
@@ -156,6 +176,8 @@ def make_predictor(cache: Cache, timeline: Timeline, note: Note = lambda text: N
             low=timeline.sigmas[-1],
             high=timeline.sigmas[0],
         )
+    if cache.predictor == "damped":
+        return Damped(cache.reach)
     if cache.predictor == "weights":
         return Fitted(cache.weights, timeline, planned(cache, timeline), note, of=cache.of)
     return Hold()

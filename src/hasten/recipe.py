@@ -41,7 +41,7 @@ METHODS = (
 )
 # Those that remember what each module of a block gave out, and refresh or forecast it between full evaluations.
 INSIDE_BLOCKS = ("toca", "duca", "modules")
-PREDICTORS = ("hold", "taylor", "chebyshev", "weights")
+PREDICTORS = ("hold", "taylor", "chebyshev", "damped", "weights")
 
 # Highest power first, as numpy.polyval takes them. Source: TeaCache4FLUX (ali-vilab/TeaCache, 2024).
 TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
@@ -102,6 +102,7 @@ class Cache:
     ridge: float = 0.1
     blend: float = 0.5
     window: int = 10
+    reach: float = 0.15
     weights: tuple[tuple[float, ...], ...] = ()
     device: str = "auto"
     dtype: str = "model"
@@ -153,6 +154,7 @@ class Cache:
         between("cache.ridge", self.ridge, 0.0, 1000.0)
         between("cache.blend", self.blend, 0.0, 1.0)
         between("cache.window", self.window, 2, 16)
+        between("cache.reach", self.reach, 0.001, 10.0)
         at_least("cache.of", self.of, 0, "0 takes the steps as they are")
         for step in self.steps:
             at_least("cache.steps", step, 0, "steps count from 0")

@@ -512,7 +512,7 @@ class LightningRecipe(Lightning):
                              tooltip="interval: every so many steps one is computed."),
                 io.Float.Input("growth", default=0.0, min=0.0, max=100.0, step=0.05,
                                tooltip="interval: how much longer it grows each time."),
-                io.Combo.Input("predictor", options=["hold", "taylor", "chebyshev"], default="taylor",
+                io.Combo.Input("predictor", options=["hold", "taylor", "chebyshev", "damped"], default="taylor",
                                tooltip="What stands in: the last work as it is, or carried forward along its course."),
                 io.Int.Input("order", default=1, min=0, max=2, tooltip="taylor: 1 follows a line, 2 a parabola."),
                 io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
