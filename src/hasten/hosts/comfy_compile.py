@@ -8,31 +8,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 from typing import Any
 
 import torch
 from torch import nn
 
-BACKEND = "inductor"
+from hasten.compile import INDUCTOR, cannot_compile
+from hasten.compile import backends as backends
+
+BACKEND = INDUCTOR
 STACKS = ("double_blocks", "single_blocks", "blocks", "transformer_blocks", "joint_blocks", "layers")
-
-
-def backends() -> list[str]:
-    """torch.compile's back-ends on this machine, the usual one first."""
-    return [BACKEND, *(name for name in torch.compiler.list_backends() if name != BACKEND)]
-
-
-def cannot_compile(backend: str) -> str | None:
-    """Why torch.compile cannot work here, in a sentence without its full stop, or None when it can."""
-    if backend != BACKEND:
-        return None
-    if torch.cuda.is_available():
-        if importlib.util.find_spec("triton") is None:
-            return "torch.compile needs the package triton on this machine, the model is not compiled"
-    elif not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        return "torch.compile needs a C++ compiler on this machine, the model is not compiled"
-    return None
 
 
 def block_keys(model: Any) -> list[str]:
