@@ -52,6 +52,12 @@ def test_the_line_says_why_nothing_was_reused() -> None:
     assert found.line() == "computed 2 of 2 · nothing reused: too few steps"
 
 
+def test_the_line_counts_the_blocks_that_were_skipped() -> None:
+    found = report("CC")
+    found.recipe = {"schema": 1, "skip": {"double": [3], "single": [1, 2]}}
+    assert found.line().endswith("3 blocks skipped")
+
+
 def test_a_remark_is_made_once_and_stands_in_the_line() -> None:
     found = report("C.")
     found.note("a remark")

@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What tab completion offers: the names above, before any of them was used."""
+    return sorted(__all__)

@@ -297,7 +297,10 @@ def calibrate(
     if as_json:
         print(json.dumps({"file": str(out) if out else None, "recipe": recipe.to_dict()}, indent=2))
         return
-    screen.say(str(out) if out is not None else recipe.to_toml().rstrip())
+    if out is None:
+        print(recipe.to_toml().rstrip())  # the result itself: --quiet does not swallow it
+    else:
+        screen.say(str(out))
 
 
 @app.command("tune-attention")

@@ -99,9 +99,10 @@ class Chebyshev:
 class Damped:
     """Trends trusted near by and let go far away.
 
-    hold + a (line - hold) + a/2 (parabola - line), a = exp(-(d/reach)^2); d: how far sigma has fallen since the newest delta; reach: where a trend is worth 1/e. At d = 0 this is half a
-    parabola, half a line, which overshoots less than either; far away it is the newest delta as it is, which errs by
-    what the delta moves and no more. Damped trends: Gardner and McKenzie, Management Science 31 (1985).
+    hold + a (line - hold) + a/2 (parabola - line), a = exp(-(d/reach)^2). d: how far sigma has fallen since the newest
+    delta; reach: where a trend is worth 1/e. At d = 0 this is half a parabola, half a line, which overshoots less than
+    either; far away it is the newest delta as it is, which errs by what the delta moves and no more.
+    Damped trends: Gardner and McKenzie, Management Science 31 (1985).
     """
 
     window = 3

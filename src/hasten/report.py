@@ -118,6 +118,9 @@ class Report:
             parts.append(f"cache {self.cache_mib:.1f} MiB")
         elif self.evaluations:
             parts.append(f"nothing reused: {self._why_nothing()}")
+        skipped = sum(map(len, (self.recipe.get("skip") or {}).values()))
+        if skipped:
+            parts.append(f"{skipped} block{'s' * (skipped > 1)} skipped")
         if self.model:
             parts.append(self.model)
         if self.graphs:
