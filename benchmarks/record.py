@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import plot
-from grid import Row
+from grid import Row, all_rows
 from measuring import Settings
 from tables import rounded
 
@@ -51,8 +51,9 @@ def write_table(plan: Plan, rows: Sequence[Row], done: Mapping[str, dict[str, An
     file = plan.folder / "flux_nano.csv"
     before = {f"{r['method']}/{r['knob']}/{r['predictor']}": r for r in plot.read(file)} if file.is_file() else {}
     table = {row.name: line_of(plan, row, done[row.name], before.get(row.name, {})) for row in rows if row.name in done}
-    if keep_others:
-        table = {**before, **table}
+    if keep_others:  # but those of rows that there are no more
+        still = {row.name for row in all_rows(plan.settings.steps)}
+        table = {name: line for name, line in {**before, **table}.items() if name in still}
     plan.folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".part")
     with partial.open("w", encoding="utf-8", newline="") as lines:
