@@ -69,6 +69,15 @@ def family_of(transformer: Any) -> Family:
     )
 
 
+def _expect_here(part: nn.Module, image: Tensor) -> None:
+    """RuntimeError if a weight lies elsewhere than the image and no hook within the part brings it: a CPU's matrix
+    product with a weight on the meta device does not fail, it gives whatever lay in memory."""
+    if any(hasattr(module, hook) for module in part.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+        return
+    if any(weight.device != image.device for weight in part.parameters()):
+        raise RuntimeError("the weights lie on another device than the image")
+
+
 @dataclass(frozen=True)
 class FluxStreams:
     """diffusers' double and single blocks alike take and give text and image apart, (B, L, C) and (B, N, C)."""
@@ -80,6 +89,7 @@ class FluxStreams:
 
     def modulated(self) -> Tensor:
         """The image tokens after the first double block's norm, scale and shift, (B, N, C)."""
+        _expect_here(self.block.norm1, self.image)
         normed: Tensor = self.block.norm1(self.image, emb=self.temb)[0]
         return normed
 
