@@ -102,11 +102,11 @@ def _line(panel: object, rows: Iterable[dict[str, str]], across: object, **style
 
 
 def _evaluations(row: dict[str, str]) -> float | None:
-    return float(row["evaluations"])
+    return float(row["evaluations"]) if row["psnr_db"] else None
 
 
 def _time_share(row: dict[str, str]) -> float | None:
-    return float(row["wall_s"]) / float(row["baseline_wall_s"]) if row["wall_s"] else None
+    return float(row["wall_s"]) / float(row["baseline_wall_s"]) if row["wall_s"] and row["psnr_db"] else None
 
 
 if __name__ == "__main__":

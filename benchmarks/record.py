@@ -105,7 +105,7 @@ def recipe_table(rows: Sequence[dict[str, str]]) -> tuple[list[str], list[list[s
     header = ["recipe", "evaluations", "PSNR", "as many plain steps", "time", "cache", "accepted by the checker"]
     lines = []
     for row in rows:
-        if row["method"] == "recipe":
+        if row["method"] == "recipe" and row["psnr_db"]:
             share = float(row["wall_s"]) / float(row["baseline_wall_s"]) if row["wall_s"] else None
             lines.append([
                 f"`{row['knob']}`", row["evaluations"], f"{float(row['psnr_db']):.1f} dB",

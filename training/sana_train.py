@@ -98,10 +98,11 @@ def pictures_of(drawn: DrawnSet, rows: np.ndarray, device: str) -> Tensor:
 def train_autoencoder(drawn: DrawnSet, args: argparse.Namespace) -> nn.Module:
     """The averaged DC-AE, its latents' scale folded in."""
     rng = np.random.default_rng(0)
-    model = build_autoencoder().to(args.device)
+    model = build_autoencoder().to(args.device, memory_format=torch.channels_last)
     optimiser = Optimiser(model, RATES["autoencoder"])
     for step, share in Clock(args.minutes * SHARES["autoencoder"]).steps():
         true = pictures_of(drawn, np.sort(rng.choice(len(drawn.seeds), max(2, args.batch // 8))), args.device)
+        true = true.contiguous(memory_format=torch.channels_last)
         with torch.autocast(args.device, torch.bfloat16):
             latent = model.encode(true).latent
             made = model.decode(latent).sample.float()
@@ -112,7 +113,7 @@ def train_autoencoder(drawn: DrawnSet, args: argparse.Namespace) -> nn.Module:
         optimiser.step(loss, share)
         if step % 100 == 0:
             print(f"autoencoder {step} {share:.2f} loss {loss.item():.4f}", flush=True)
-    best = optimiser.average.eval()
+    best = optimiser.average.eval().to(memory_format=torch.contiguous_format)  # as safetensors will have it
     fold_scale(best, pictures_of(drawn, np.arange(min(256, len(drawn.seeds))), args.device))
     with torch.no_grad():
         true = pictures_of(drawn, np.arange(min(48, len(drawn.seeds))), args.device)
@@ -144,9 +145,15 @@ def train_text(args: argparse.Namespace) -> tuple[nn.Module, object]:
 
 
 def train_flow(
-    drawn: DrawnSet, autoencoder: nn.Module, gemma: nn.Module, tokenizer: object, args: argparse.Namespace
+    drawn: DrawnSet,
+    autoencoder: nn.Module,
+    gemma: nn.Module,
+    tokenizer: object,
+    args: argparse.Namespace,
+    *,
+    start: nn.Module | None = None,
 ) -> nn.Module:
-    """The averaged transformer."""
+    """The averaged transformer; `start` is one to train on, with all of the minutes."""
     with torch.no_grad():
         parts = np.array_split(np.arange(len(drawn.seeds)), -(-len(drawn.seeds) // 64))
         latents = torch.cat([autoencoder.encode(pictures_of(drawn, rows, args.device)).latent for rows in parts])
@@ -155,9 +162,10 @@ def train_flow(
     usable = [row for row, scene in enumerate(told) if is_taught(scene)]
     print(f"flow: {len(usable)} pictures, latents' deviation {latents.std().item():.3f}", flush=True)
     rng = random.Random(0)
-    model = build_transformer().to(args.device)
-    optimiser = Optimiser(model, RATES["flow"])
-    for step, share in Clock(args.minutes * SHARES["flow"]).steps():
+    model = build_transformer() if start is None else start.float()
+    optimiser = Optimiser(model.to(args.device), RATES["flow"])
+    minutes = args.minutes * (SHARES["flow"] if start is None else 1)
+    for step, share in Clock(minutes).steps():
         rows = [rng.choice(usable) for _ in range(args.batch)]
         captions = ["" if rng.random() < DROP else varied(told[row].caption, rng) for row in rows]
         with torch.no_grad():
@@ -206,15 +214,22 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30_000, help="pictures to draw")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--workers", type=int, default=16, help="processes that draw")
+    parser.add_argument("--on", type=Path, help="a written folder whose transformer is trained on; its other parts stay")
     parser.add_argument("--judged", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     drawn = draw_set(args.data, SIDE, SIDE, start=0, count=args.count, workers=args.workers, taught=True)
-    autoencoder = train_autoencoder(drawn, args)
-    gemma, tokenizer = train_text(args)
-    transformer = train_flow(drawn, autoencoder, gemma, tokenizer, args)
+    if args.on:
+        before = SanaPipeline.from_pretrained(args.on)
+        autoencoder = before.vae.float().to(args.device)
+        gemma, tokenizer = before.text_encoder.float().to(args.device).requires_grad_(False), before.tokenizer
+        transformer = train_flow(drawn, autoencoder, gemma, tokenizer, args, start=before.transformer)
+    else:
+        autoencoder = train_autoencoder(drawn, args)
+        gemma, tokenizer = train_text(args)
+        transformer = train_flow(drawn, autoencoder, gemma, tokenizer, args)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     pipe = SanaPipeline(
         tokenizer=tokenizer, text_encoder=gemma, vae=autoencoder.to(torch.bfloat16),

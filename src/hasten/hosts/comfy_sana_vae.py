@@ -81,7 +81,8 @@ def load_vae(path: Path, *, dtype: str = "auto") -> tuple[Any, str]:
     vae.memory_used_encode = lambda shape, to: HELD * shape[2] * shape[3] * management.dtype_size(to)
     vae.memory_used_decode = lambda shape, to: HELD * shape[2] * shape[3] * COMPRESSION**2 * management.dtype_size(to)
     vae.process_input = lambda picture: picture * 2.0 - 1.0
-    vae.process_output = lambda picture: torch.clamp((picture + 1.0) / 2.0, min=0.0, max=1.0)
+    # In place: newer cores take no notice of what this gives back, older ones take nothing else.
+    vae.process_output = lambda picture: picture.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
     vae.first_stage_model = Autoencoder(model.requires_grad_(False).eval()).to(vae.vae_dtype)
     patcher = vae.patcher
     vae.patcher = type(patcher)(
