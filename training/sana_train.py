@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=30_000, help="pictures to draw")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--workers", type=int, default=16, help="processes that draw")
-    parser.add_argument("--on", type=Path, help="a written folder whose transformer is trained on; its other parts stay")
+    parser.add_argument("--on", type=Path, help="a written folder whose transformer is trained on")
     parser.add_argument("--judged", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
