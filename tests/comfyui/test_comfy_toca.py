@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from hasten.hosts import comfy
+from hasten.hosts.comfy_fitting import anatomy_of
 from hasten.hosts.comfy_parts import mlp_half
+from hasten.plan import make_plan
 from hasten.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
@@ -170,7 +172,7 @@ def test_blocks_without_an_mlp_to_split_are_left_as_they_are(rig: Any, model: An
     block.yak_mlp, before = True, getattr(block, "yak_mlp", None)
     try:
         with pytest.raises(ValueError, match="sends tokens through each block's MLP"):
-            comfy.make_plan(recipe(), comfy.anatomy_of(model.model.diffusion_model))
+            make_plan(recipe(), anatomy_of(model.model.diffusion_model))
     finally:
         block.yak_mlp = bool(before)
     assert torch.equal(rig.sample(model), stock)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hasten.attention import CHAINS, CHOICES, Attention
 from hasten.attention_backends import BACKENDS, Ask
-from hasten.hosts.comfy import ATTENTION, OUTER_SAMPLE
 from hasten.hosts.comfy_lines import counted
+from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
 
 SLOT = "optimized_attention_override"
 FAST_MATH = "hasten_fast_math"

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hasten.hosts.comfy import OUTER_SAMPLE, copied, tell
+from hasten.hosts.comfy import tell
+from hasten.hosts.comfy_options import OUTER_SAMPLE, copied
 
 # Our place in `transformer_options` for the texts, and in one run's own options for its count of attention calls.
 KEY, COUNT = "hasten_lines", "hasten_count"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hasten.attention import Attention
 from hasten.attention_backends import Ask
-from hasten.hosts.comfy import ATTENTION, OUTER_SAMPLE
 from hasten.hosts.comfy_attention import SLOT, TEXT_ROWS, drop_attention
 from hasten.hosts.comfy_lines import counted
+from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
 from hasten.recipe import Skip
 from hasten.sparse import Heads, Tuning, save_settings
 

@@ -1,0 +1,77 @@
+"""comfy_compile_nodes.py offers compiling and 8-bit weights on ComfyUI's page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from hasten.hosts import comfy_compile
+from hasten.hosts.comfy_node import Lightning, model_input
+
+
+class LightningCompile(Lightning):
+    TITLE = "Lightning Compile"
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="LightningCompile",
+            display_name=cls.TITLE,
+            category="Lightning",
+            description="Compiles the model's blocks: the first run is slow, later ones are faster.",
+            inputs=[
+                model_input(),
+                io.Boolean.Input("dynamic", default=True, tooltip="One compiled block for every picture size."),
+                io.Combo.Input(
+                    "backend",
+                    options=comfy_compile.backends(),
+                    default=comfy_compile.BACKEND,
+                    tooltip="torch.compile's back-end; inductor is the usual one.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, dynamic: bool, backend: str) -> Any:
+        compiled, said = comfy_compile.compile_blocks(model, backend=backend, dynamic=dynamic)
+        return io.NodeOutput(cls.told(compiled, "compile", said))
+
+
+class CompileAndQuantizeModel(Lightning):
+    TITLE = "Compile and Quantize Model"
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="CompileAndQuantizeModel",
+            display_name=cls.TITLE,
+            category="Lightning",
+            description="Compiles the model's blocks and keeps a copy of the VAE with its linear layers in 8 bits.",
+            inputs=[
+                model_input(),
+                io.Vae.Input("vae", tooltip="Not changed: what is quantised is a copy."),
+                io.Boolean.Input("do_compile", default=True, tooltip="Compile the blocks as they first run."),
+                io.Boolean.Input("dynamic", default=False, tooltip="One compiled block for every picture size."),
+                io.Boolean.Input("fullgraph", default=False, tooltip="Raise rather than split a block's graph."),
+                io.Combo.Input(
+                    "backend",
+                    options=comfy_compile.backends(),
+                    default=comfy_compile.BACKEND,
+                    tooltip="torch.compile's back-end; inductor is the usual one.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.Vae.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, vae: Any, do_compile: bool, dynamic: bool, fullgraph: bool, backend: str) -> Any:
+        quantised, said = comfy_compile.quantise_vae(vae)
+        if not do_compile:
+            cls.say(said)
+            return io.NodeOutput(model, quantised)
+        compiled, first = comfy_compile.compile_blocks(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+        return io.NodeOutput(cls.told(compiled, "compile", f"{first} · {said}"), quantised)
