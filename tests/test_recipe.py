@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hasten.recipe import METHODS, Cache, Recipe, Skip, recipe_names
+from hasten.unused import FORECAST_BY, TAKEN_BY, unused
 
 WORDS = ["", "plain", 'with "quotes" and \\ and \ttabs\nlines', "größer, 更快, 🍎", "\x7f\x01"]
 
@@ -310,3 +311,22 @@ def test_sigmas_fall_from_start_to_end() -> None:
     assert Cache(sigma_start=0.5, sigma_end=0.5).sigma_end == 0.5
     with pytest.raises(ValueError, match=r"sigma_start is 0\.2 and cache\.sigma_end is 0\.8: sigmas fall"):
         Cache(sigma_start=0.2, sigma_end=0.8)
+
+
+def test_settings_that_nothing_looks_at_are_named() -> None:
+    assert unused(Cache()) == []
+    assert unused(Cache(method="fbcache", threshold=0.2, signal="output", predictor="taylor", order=2)) == []
+    assert unused(Cache(method="interval", threshold=0.2)) == [
+        "cache.threshold is not used by cache.method interval, only by fbcache or mbcache or teacache or easycache or "
+        "magcache"
+    ]
+    assert unused(Cache(method="schedule", steps=(0, 2), reach=0.3)) == [
+        "cache.reach is not used by cache.predictor hold, only by damped"
+    ]
+    known_settings = {f.name for f in dataclasses.fields(Cache)}
+    assert set(TAKEN_BY) | set(FORECAST_BY) <= known_settings
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_set_nothing_in_vain(name: str) -> None:
+    assert unused(Recipe.load(name).cache) == []

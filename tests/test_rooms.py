@@ -24,7 +24,8 @@ class Room:
 
 
 DATA = ("data",)  # where shipped files lie: pathlib only
-PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict")  # can be worked out on paper
+# can be worked out on paper
+PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
 TENSORS = ("signal", "tokens", "attention", "attention_backends")
 MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "token_gate")
 TRANSFORMS = ("quantize", "compile", "blocks", "sparse")
@@ -36,7 +37,7 @@ ROOMS = (
     Room(DATA),
     # tomli is the standard library's tomllib on Python 3.10.
     Room(("recipe",), hasten=(*DATA, *PAPER), packages=("numpy", "tomli")),
-    Room(("sections", "values", "anatomy", "policy", "predict"), hasten=PAPER, packages=("numpy",)),
+    Room(("sections", "values", "anatomy", "policy", "predict", "unused"), hasten=PAPER, packages=("numpy",)),
     Room(("moment", "plan"), hasten=PAPER),
     Room(("kernels",), hasten=("kernels",), packages=("torch", "triton")),
     Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),

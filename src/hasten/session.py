@@ -19,6 +19,7 @@ from hasten.policy import Decision, Policy, make_policy
 from hasten.predict import make_predictor
 from hasten.recipe import Cache, Recipe
 from hasten.report import TIMED, Evaluation, Report
+from hasten.unused import unused
 
 # How far a model's sigma may have been moved by the dtype that it was handed over in, relative: pipelines round
 # twice, the timestep and then its thousandth part.
@@ -61,7 +62,7 @@ class Session:
             self.timeline, plan, cache = Timeline.sorted(sigmas), plan.without_reuse(), Cache()
         self.plan, self._cache, self._followed = plan, cache, not reason
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
-        for remark in remarks:
+        for remark in (*remarks, *unused(recipe.cache)):
             self.report.note(remark)
         if reason:
             self.report.note(reason)
