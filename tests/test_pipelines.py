@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -598,3 +599,18 @@ def test_a_whole_picture_from_a_folder_from_words_to_pixels(tmp_path: Any) -> No
     assert run.report is not None and run.report.strip == "C..C.C"
     assert {e.lanes for e in run.report.evaluations} == {2}
     assert np.array_equal(draw(), stock)
+
+
+def test_accelerate_without_with_is_noticed() -> None:
+    run = hasten.accelerate(flux(), recipe())
+    with pytest.raises(RuntimeError, match=r"there is no report yet: .*entered, `with hasten.accelerate"):
+        _ = run.report
+    with pytest.warns(UserWarning, match=r"nothing was accelerated: .*`with hasten.accelerate"):
+        del run
+        gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with hasten.accelerate(flux(), recipe()) as run:
+            assert run.report is None
+        del run
+        gc.collect()

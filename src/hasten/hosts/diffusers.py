@@ -8,6 +8,7 @@ hangs on `forward`: regional compile, offload hooks, layer-wise casting. All of 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -340,6 +341,9 @@ class Handle:
             self._outside.note("called outside a run, everything was computed: use `with handle.run(sigmas):`")
 
 
+ENTER = "what hasten.accelerate gives is entered, `with hasten.accelerate(pipe, recipe) as run:`."
+
+
 class Accelerated:
     """A pipeline whose calls are runs, while the `with` lasts."""
 
@@ -355,6 +359,11 @@ class Accelerated:
         self.watch: Watch | None = None
         self._handle: Handle | None = None
         self._runs: list[Runs] = []
+        self._waiting = True
+
+    def __del__(self) -> None:
+        if getattr(self, "_waiting", False):
+            warnings.warn(f"nothing was accelerated: {ENTER}", UserWarning, stacklevel=2)
 
     @property
     def reports(self) -> list[Report]:
@@ -363,10 +372,13 @@ class Accelerated:
 
     @property
     def report(self) -> Report | None:
-        """The last call's report; None before the first."""
-        return None if self._handle is None else self._handle.report
+        """The last call's report; None before the first. RuntimeError before the `with`."""
+        if self._handle is None:
+            raise RuntimeError(f"there is no report yet: {ENTER}")
+        return self._handle.report
 
     def __enter__(self) -> Accelerated:
+        self._waiting = False
         beside = modules_beside(self.pipe, self.recipe.compile)
         self._handle = Handle(self.pipe.transformer, self.recipe, beside=beside)
         self._handle.watch = self.watch
