@@ -56,7 +56,8 @@ def test_the_wheel_carries_models_and_recipes(wheel: Path) -> None:
     for folder in SHIPPED:
         for file in tracked(folder):
             assert sizes.get(f"hasten/_data/{file}") == (ROOT / file).stat().st_size, file
-    assert "hasten/_data/models/flux-nano/model_index.json" in sizes
+    for model in ("flux-nano", "sana-nano"):
+        assert f"hasten/_data/models/{model}/model_index.json" in sizes
     assert "hasten/_data/recipes/balanced.toml" in sizes
     assert "hasten/py.typed" in sizes
     assert {name.partition("/")[0] for name in sizes} == {"hasten", f"hasten-{hasten.__version__}.dist-info"}
