@@ -45,6 +45,20 @@ def format_for(wanted: str, device: torch.device) -> str:
     return "fp8" if has_fp8 and wanted in ("fp8", "auto") else "int8"
 
 
+def linear_8(x: Tensor, weight8: Tensor, scale8: Tensor, bias: Tensor) -> Tensor:
+    """x (..., K) in 16 or 32 bits through a layer in 8 bits: (..., O) of x's dtype.
+
+    weight8 (O, K) float8 or int8, scale8 (O) float32, bias (O); each row of x gets its own scale.
+    """
+    flat = x.reshape(-1, weight8.shape[1])
+    if torch.compiler.is_compiling():  # the compiler joins this with what made x
+        rows, scales = quantise(flat, weight8.dtype)
+    else:
+        rows, scales = split_streams(flat[None], 0, dtype=weight8.dtype)
+    out: Tensor = linear_rows_8(rows, scales, 0, (), [(weight8, scale8, bias)], x.dtype).unflatten(0, x.shape[:-1])
+    return out
+
+
 class ReadOnly(Tensor):
     """A tensor that refuses to be written into: it is a copy, and what is written would be lost unseen."""
 
@@ -100,13 +114,7 @@ class Linear8(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) in 16 or 32 bits to (..., O) of x's dtype."""
-        flat = x.reshape(-1, self.in_features)
-        if torch.compiler.is_compiling():  # the compiler joins this with what made x
-            rows, scales = quantise(flat, self.weight8.dtype)
-        else:
-            rows, scales = split_streams(flat[None], 0, dtype=self.weight8.dtype)
-        out: Tensor = linear_rows_8(rows, scales, 0, (), [self.tensors()], x.dtype).unflatten(0, x.shape[:-1])
-        return out
+        return linear_8(x, *self.tensors())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear8:
         """Module.to and its like: 8 bits stay 8 bits and scales float32, whatever dtype the model is cast to."""

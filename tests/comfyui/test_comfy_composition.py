@@ -9,7 +9,7 @@ import torch
 
 from hasten.attention_backends import BACKENDS, Backend
 from hasten.hosts import comfy as host
-from hasten.hosts import comfy_attention, comfy_compile, comfy_lines
+from hasten.hosts import comfy_attention, comfy_compile, comfy_lines, comfy_quantize
 from hasten.recipe import Recipe
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
@@ -413,3 +413,40 @@ def test_recipes_are_not_seen_by_a_model_beside(rig: Any, model: Any) -> None:
     beside = model.clone()
     rig.sample(host.put_recipe(model, OFTEN))
     assert torch.equal(rig.sample(beside), stock)
+
+
+def test_a_quantised_clone_is_near_and_leaves_the_model_alone(rig: Any) -> None:
+    model = rig.tiny_model()
+    stock = rig.sample(model)
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    with_a_lora = rig.sample(with_lora(model))
+    quantised, words = comfy_quantize.quantise_model(model)
+    assert words == "24 layers of the model are kept in int8"
+    found = rig.sample(quantised)
+    assert 0.0 < float((found - stock).norm() / stock.norm()) < 0.02
+    # A LoRA is heard before the node and after it; turns are taken in every order, and nothing is left behind.
+    behind, merged = with_lora(quantised), comfy_quantize.quantise_model(with_lora(model))[0]
+    for turn in (merged, behind, with_lora(model), merged, model, behind, quantised, with_lora(model), model):
+        out = rig.sample(turn)
+        if turn is model:
+            assert torch.equal(out, stock)
+        elif turn is quantised:
+            assert torch.equal(out, found)
+        else:
+            assert float((out - with_a_lora).norm() / with_a_lora.norm()) < 0.02
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.model.state_dict().items())
+    # While a LoRA's weights are in the model, the ones without are quantised.
+    rig.sample(with_lora(model))
+    assert torch.equal(rig.sample(comfy_quantize.quantise_model(model)[0]), found)
+    assert torch.equal(rig.sample(host.put_recipe(quantised, NEVER)), found)
+    assert comfy_quantize.quantise_model(quantised)[1].startswith("this model has no layers to quantise")
+    assert torch.equal(rig.sample(model), stock)
+
+
+def test_a_quantised_clone_is_compiled_block_by_block(rig: Any) -> None:
+    model = rig.tiny_model()
+    quantised, _ = comfy_quantize.quantise_model(model)
+    plain = rig.sample(quantised)
+    compiled, said = comfy_compile.compile_blocks(quantised, backend="eager")
+    assert "blocks are compiled" in said
+    assert float((rig.sample(compiled) - plain).norm() / plain.norm()) < 1e-3

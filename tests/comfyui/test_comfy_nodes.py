@@ -40,6 +40,7 @@ ORIGINAL: dict[str, dict[str, Any]] = {
     "SaveSpargeAttnHyperparams": {"model": None, "filename_prefix": "spargeattn_hyperparams"},
     "CompileAndQuantizeModel": {
         "model": None, "vae": None, "do_compile": True, "dynamic": False, "fullgraph": False, "backend": "inductor",
+        "quantize_model": False,  # ours, at the end: saved widgets keep their order
     },
 }  # fmt: skip
 

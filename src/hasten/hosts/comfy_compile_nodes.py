@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from hasten.hosts import comfy_compile
+from hasten.hosts import comfy_compile, comfy_quantize
 from hasten.hosts.comfy_node import Lightning, model_input
 
 
@@ -49,7 +49,8 @@ class CompileAndQuantizeModel(Lightning):
             node_id="CompileAndQuantizeModel",
             display_name=cls.TITLE,
             category="Lightning",
-            description="Compiles the model's blocks and keeps a copy of the VAE with its linear layers in 8 bits.",
+            description="Compiles the model's blocks and keeps a copy of the VAE with its linear layers in 8 bits; the "
+            "model's own too, where asked.",
             inputs=[
                 model_input(),
                 io.Vae.Input("vae", tooltip="Not changed: what is quantised is a copy."),
@@ -62,14 +63,26 @@ class CompileAndQuantizeModel(Lightning):
                     default=comfy_compile.BACKEND,
                     tooltip="torch.compile's back-end; inductor is the usual one.",
                 ),
+                # At the end, so that the original pack's workflows keep their widgets' order.
+                io.Boolean.Input(
+                    "quantize_model",
+                    default=False,
+                    tooltip="Keep the model's layers in 8 bits too: fp8 on GPUs that have it, else int8.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Vae.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, vae: Any, do_compile: bool, dynamic: bool, fullgraph: bool, backend: str) -> Any:
+    def execute(
+        cls, model: Any, vae: Any, do_compile: bool, dynamic: bool, fullgraph: bool, backend: str,
+        quantize_model: bool = False,
+    ) -> Any:  # fmt: skip
         quantised, said = comfy_compile.quantise_vae(vae)
+        if quantize_model:
+            model, first = comfy_quantize.quantise_model(model)
+            said = f"{first} · {said}"
         if not do_compile:
             cls.say(said)
             return io.NodeOutput(model, quantised)
