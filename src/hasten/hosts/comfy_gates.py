@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from hasten.call import Call
 from hasten.gate import Gate
+from hasten.hosts.comfy_parts import FluxParts
 from hasten.taps import empty
-
-if TYPE_CHECKING:
-    from hasten.hosts.comfy_run import Run
 
 Patch = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -28,6 +26,19 @@ class Held:
     def __init__(self, call: Call, network: Any) -> None:
         self.call, self.network = call, network
         self.text_tokens = 0
+
+
+class Listening(Protocol):
+    """What the patches ask of the run that they hang in."""
+
+    def held(self, args: Mapping[str, Any]) -> Held | None:
+        """The call that a block's arguments belong to; None outside of any."""
+
+    def parts(self, held: Held, block: int, args: dict[str, Any]) -> FluxParts | None:
+        """The way into a block, counted from 0 over all of them; None where no recipe reaches inside."""
+
+    def tapped(self, block: Any) -> list[Any]:
+        """The modules of a block that are listened to."""
 
 
 @dataclass(slots=True)
@@ -68,7 +79,7 @@ class JointStream:
         raise AssertionError("TeaCache looks at the first double block")
 
 
-def hung_on_double(run: Run, gate: Gate, found: Patch | None) -> Patch:
+def hung_on_double(run: Listening, gate: Gate, found: Patch | None) -> Patch:
     """The patch for a double block; `found` is the entry that another pack put there before, run as the block."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def hung_on_double(run: Run, gate: Gate, found: Patch | None) -> Patch:
     return patch
 
 
-def hung_on_single(run: Run, gate: Gate, found: Patch | None) -> Patch:
+def hung_on_single(run: Listening, gate: Gate, found: Patch | None) -> Patch:
     """The patch for a single block; as hung_on_double."""
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
