@@ -28,7 +28,7 @@ DATA = ("data",)  # where shipped files lie: pathlib only
 PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
 TENSORS = ("signal", "tokens", "attention", "attention_backends")
 MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "token_gate")
-TRANSFORMS = ("quantize", "compile", "blocks", "sparse")
+TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
 HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.sana")
@@ -51,7 +51,7 @@ ROOMS = (
         hasten=(*DATA, *PAPER, "kernels", *TENSORS, *MEMORY),
         packages=("numpy", "torch"),
     ),
-    Room(("quantize", "compile"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
+    Room(("quantize", "compile", "replay"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
     Room(("blocks",), hasten=("kernels", "quantize"), packages=("torch",)),
     Room(("sparse",), hasten=(*PAPER, "kernels", *TENSORS), packages=("torch", "safetensors")),
     # The package of hosts itself names them for those who reach a host through the protocol.

@@ -1,4 +1,4 @@
-"""Every launch of rows.py compiles for a real GPU: Triton's interpreter takes what its compiler refuses.
+"""Every launch of element-wise kernels compiles for a real GPU: Triton's interpreter takes what its compiler refuses.
 
 The compiler makes an argument that equals 1 a constant of its own (batch 1, one token), which has no methods. Launches
 are recorded as they would go out and compiled for compute capability 9.0; no GPU is needed.
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.kernels import rows
+from hasten.kernels import gated_conv, linear_attention, rows
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -86,6 +86,12 @@ WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
     "norm_rope": lambda b, t, n, dtype, joint: rows.norm_rope_by_triton(
         *(noise(b * (t + n), 1024), (noise(128),) * 4, noise(t + n, 64), noise(t + n, 64)),
         *(b, t, 2, joint, 1e-6),
+    ),
+    "gated_conv": lambda b, t, n, dtype, joint: gated_conv.gated_conv_by_triton(
+        noise(b, (t + n) * n, 128), noise(128, 1, 3, 3), noise(128), t + n, n
+    ),
+    "linear_attention": lambda b, t, n, dtype, joint: linear_attention.linear_attention_by_triton(
+        *(noise(b, t + n, 32 * n) for _ in range(3)), n
     ),
 }
 

@@ -225,3 +225,39 @@ def test_blocks_are_compiled_under_the_gates() -> None:
     latents, _ = hastened(pipe, {**ALWAYS["fbcache"], **compile_}, steps=4)
     assert same(latents, plain) and "compiled" in report.line()
     assert hastened(pipe, {**EAGER["interval"], **compile_}, steps=4)[1].strip == "C..."
+
+
+@pytest.mark.parametrize("kind", [{}, {"sprint": True}, {"scale": 1.0}])
+@pytest.mark.parametrize("given", GIVEN)
+def test_fused_blocks_differ_by_rounding_alone_and_are_undone(kind: dict[str, Any], given: str) -> None:
+    pipe, asked = sana(**kind), GIVEN[given] if not kind else {}
+    stock = paint(pipe, steps=3, **asked)
+    fused, report = hastened(pipe, {"schema": 1, "compile": {"fuse": "always"}}, steps=3, **asked)
+    assert report.line().endswith("fused passes")
+    assert float((fused - stock).norm() / stock.norm()) < 1e-5
+    assert same(paint(pipe, steps=3, **asked), stock)
+
+
+def test_a_block_that_was_altered_since_runs_as_it_is() -> None:
+    pipe, wanted = sana(), {"schema": 1, "compile": {"fuse": "always"}}
+    block = pipe.transformer.transformer_blocks[0]
+    with hasten.accelerate(pipe, wanted):
+        fused = paint(pipe, steps=2)
+        block.attn1.to_q = torch.nn.Sequential(block.attn1.to_q)  # as an adapter would be put around it
+        altered = paint(pipe, steps=2)
+    assert float((altered - fused).norm() / fused.norm()) < 1e-5
+    block.attn1.to_q = block.attn1.to_q[0]
+
+
+def test_the_decoder_is_laid_channels_last_and_put_back() -> None:
+    torch.manual_seed(0)
+    pipe = tiny_sana_pipeline()
+    weight = pipe.vae.decoder.conv_in.weight
+    latent = noise(1, 32, 4, 4, seed=3)
+    with torch.no_grad():
+        stock = pipe.vae.decode(latent).sample
+        stack = hasten.prepare(pipe, {"schema": 1, "compile": {"decoder": True, "backend": "eager"}})
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        assert (pipe.vae.decode(latent).sample - stock).abs().max() < 1e-5
+        stack.undo()
+        assert weight.is_contiguous() and same(pipe.vae.decode(latent).sample, stock)

@@ -18,8 +18,8 @@ class Compile:
 
     blocks: the transformer's blocks, one graph for each class. decoder: the autoencoder's decoder. text: the text
     encoders. limit: graphs after which what would need another one runs uncompiled; -1 for any number.
-    fuse: "auto" runs FLUX's blocks as fused passes wherever they are compiled or quantised, "always" without either
-    too, "never" as the host wrote them.
+    fuse: "auto" runs the blocks as fused passes wherever they are compiled or quantised, "always" without either
+    too, "never" as the host wrote them. replay: record what a fused block of Sana launches, and replay it.
     """
 
     blocks: bool = False
@@ -29,6 +29,7 @@ class Compile:
     dynamic: bool = True
     limit: int = 32
     fuse: str = "auto"
+    replay: bool = False
 
     def __post_init__(self) -> None:
         one_of("compile.fuse", self.fuse, ("auto", "always", "never"))

@@ -21,6 +21,7 @@ MODEL_TYPES = ("auto", "SanaMS_1600M_P1_D20", "SanaMS_600M_P1_D28")
 DTYPES = ("default", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 PARTS = ("auto", "fp32", "fp16", "bf16")
 MULTIPLE = 32
+NANO_TOKENS = 64  # of text, as sana-nano was trained
 RATIOS = ("1:1", "4:3", "3:2", "16:9", "2:1", "3:4", "2:3", "9:16", "1:2")
 
 
@@ -215,6 +216,41 @@ class SanaVAELoader(Sana):
         return io.NodeOutput(vae)
 
 
+class LoadSanaNano(Sana):
+    TITLE = "Load sana-nano"
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return io.Schema(
+            node_id="LoadSanaNano",
+            display_name=cls.TITLE,
+            category=CATEGORY,
+            description="The small Sana that comes along: MODEL, CLIP and VAE without any download. 256 x 256, "
+            "20 steps, euler, simple, cfg 4.5.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls) -> Any:
+        _needs("diffusers", "accelerate", "transformers")
+        from hasten.hosts.comfy_sana import load_model
+        from hasten.hosts.comfy_sana_text import load_clip
+        from hasten.hosts.comfy_sana_vae import load_vae
+
+        folder = models_folder() / "sana-nano"
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"there is no sana-nano at {folder}: install the pack again, with its models folder."
+            )
+        # So small a model gains nothing from 16 bits, and a CPU is slow at them.
+        model, _ = load_model(folder, weight_dtype="fp32")
+        clip, _ = load_clip(folder, max_length=NANO_TOKENS, dtype="fp32")
+        vae, _ = load_vae(folder, dtype="fp32")
+        return io.NodeOutput(model, clip, vae)
+
+
 def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Any]:
     """A LATENT of zeros. Raises ValueError with one sentence for a size that is no multiple of 32."""
     import comfy.model_management
@@ -348,6 +384,7 @@ class ApplyMBCacheAndSkipBlocksForSana(Sana):
 
 
 NODES = [
+    LoadSanaNano,
     SanaDiffusionLoader,
     SanaCLIPLoader,
     SanaTextEncode,

@@ -1,4 +1,4 @@
-"""diffusers_stack.py transforms a diffusers FLUX once, before any gate: quantise, lay together, fuse, compile.
+"""diffusers_stack.py transforms a diffusers FLUX or Sana once, before any gate: quantise, lay together, fuse, compile.
 
 Each block's call is taken over in torch's own slot for a compiled call; the blocks themselves keep their places, names
 and forwards. `undo` gives calls back, and weights where their originals were kept.
@@ -15,8 +15,10 @@ from torch import nn
 
 from hasten.compile import Compiler
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
+from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
 from hasten.quantize import FORMATS, Quantised, format_for
 from hasten.recipe import Recipe
+from hasten.replay import Replay
 from hasten.report import Report
 from hasten.sections import Compile, Quantize
 
@@ -52,6 +54,7 @@ class Stack:
         bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
         wants = self.compile.blocks or self.compile.decoder or self.compile.text
         self.compiler = self._compiler() if wants else None
+        self.replay = Replay(self.notes.append) if self.compile.replay else None
         self._quantised: Quantised | None = None
         if bits is not None:
             if not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
@@ -62,12 +65,18 @@ class Stack:
             self._quantised = Quantised(blocks, FORMATS[bits], wanted=_wanted, keep=self.quantize.keep, device=device)
         self._taken: list[tuple[nn.Module, Any, Any]] = []
         fuse = self.compile.fuse == "always" or (self.compile.fuse == "auto" and (self.compile.blocks or bits))
-        self._laid = [block for block in blocks if fuse and self._take_block(block)]
+        self._laid: list[nn.Module] = []
+        self._fused = [block for block in blocks if fuse and self._take_block(block)]
         if not fuse and self.compile.blocks:
             for block in blocks:
                 self._take(block, block)
+        self._last: list[nn.Module] = []
         for module in beside:
-            self._take(module, module)
+            if _is_deep_compression(module):
+                lay_channels(module, torch.channels_last)
+                self._last.append(module)
+            for part in _compiled_parts(module):
+                self._take(part, part)
         self.words = self._describe(bits)
         transformer.__dict__[STACK] = self
         if torch.cuda.is_available():
@@ -115,7 +124,9 @@ class Stack:
                 module._compiled_call_impl = before
         for block in self._laid:
             lay_layers_apart(block)
-        self._taken, self._laid = [], []
+        for module in self._last:
+            lay_channels(module, torch.contiguous_format)
+        self._taken, self._laid, self._last = [], [], []
         if self.transformer.__dict__.get(STACK) is self:
             del self.transformer.__dict__[STACK]
 
@@ -133,6 +144,9 @@ class Stack:
         stand_in = fused(block)
         if stand_in is not None:
             lay_layers_together(block)
+            self._laid.append(block)
+        elif is_plain(block):
+            stand_in = FusedSana(block)
         if stand_in is not None or self.compile.blocks:
             self._take(block, stand_in or block, compiled=self.compile.blocks)
         return stand_in is not None
@@ -140,13 +154,15 @@ class Stack:
     def _take(self, module: nn.Module, call: nn.Module, *, compiled: bool = True) -> None:
         before = module.__dict__.get("_compiled_call_impl")
         ours = self.compiler.compile(call) if compiled and self.compiler is not None else call._call_impl
+        if self.replay is not None and isinstance(call, FusedSana):
+            ours = self.replay.wrap(module, ours)
         module._compiled_call_impl = ours
         self._taken.append((module, ours, before))
 
     def _describe(self, bits: str | None) -> str:
         compiled = self.compiler is not None and self.compiler.works
         words = [f"blocks in {bits}"] if bits is not None else []
-        words += ["fused passes"] if self._laid else []
+        words += ["fused passes"] if self._fused else []
         words += ["compiled"] if compiled else []
         return ", ".join(words)
 
@@ -189,6 +205,30 @@ def modules_beside(pipe: Any, compile: Compile) -> list[nn.Module]:
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """The transformer's blocks in the order they run."""
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+def _compiled_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """What is compiled of it: DC-AE's decoder block by block, whose kinds repeat, anything else as it is."""
+    if not _is_deep_compression(module):
+        yield module
+        return
+    decoder: Any = module
+    for level in decoder.up_blocks:
+        yield from level
+    yield decoder.norm_out
+
+
+def lay_channels(module: nn.Module, how: torch.memory_format) -> None:
+    """Lays every convolution's weight that way; the values stay as they are."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=how)
+
+
+def _is_deep_compression(module: nn.Module) -> bool:
+    """Whether it is DC-AE's decoder. Its norms and its attention run over the channels: with those last, nothing is
+    turned around between them and the convolutions."""
+    return any(type(part).__name__ == "EfficientViTBlock" for part in module.modules())
 
 
 def _layers(encoder: nn.Module | None) -> Iterator[nn.Module]:
