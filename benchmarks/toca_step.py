@@ -31,13 +31,14 @@ from hasten.kernels import chosen_rows, gated_sum, received, rotation  # noqa: E
 COLUMNS = ("size", "recipe", "full_ms", "over_stock", "partial_ms", "share_of_full", "cache_gib", "stock_ms")
 RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "toca attention": ("toca", {}, {}),
-    "toca attention, all queries": ("toca", {}, {"queries": 0}),
+    "modules hold": ("modules", {}, {}),
+    "toca attention, launched": ("toca", {}, {"record": False}),
     "toca value": ("toca", {}, {"score": "value"}),
     "toca random": ("toca", {}, {"score": "random"}),
     "toca attention fp8": ("toca", {}, {"memory": "fp8"}),
-    "toca attention host": ("toca", {}, {"memory": "host"}),
-    "modules hold": ("modules", {}, {}),
     "modules taylor1": ("modules", {"predictor": "taylor"}, {}),
+    "toca attention, all queries": ("toca", {}, {"queries": 0}),
+    "toca attention host": ("toca", {}, {"memory": "host"}),
 }
 
 
@@ -49,17 +50,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=75.0, help="seconds after which no further recipe is begun")
     parser.add_argument("--only", default="", help="recipes whose name contains this")
+    parser.add_argument("--profile", type=Path, help="first writes there where the first recipe's time goes")
     parser.add_argument("--tiny", action="store_true", help="a few blocks of small width, to try the script out")
     given = parser.parse_args()
     begun = time.perf_counter()
     torch.set_grad_enabled(False)
     if given.device.startswith("cuda"):
         check_kernels()
+        check_recording()
         print(f"kernels do as torch does, after {time.perf_counter() - begun:.0f} s", flush=True)
     model = make_model(given.device, tiny=given.tiny)
     inputs = make_inputs(model, *map(int, given.size.split("x")))
     stock = statistics.median(timed(lambda: model(**inputs)) for _ in range(given.repeats + 2))
     print(f"stock {stock:.1f} ms, after {time.perf_counter() - begun:.0f} s", flush=True)
+    if given.profile:
+        profile(model, inputs, given.profile)
+        print(f"profile written after {time.perf_counter() - begun:.0f} s", flush=True)
     rows = []
     for name, (method, cache, tokens) in RECIPES.items():
         if given.only not in name or time.perf_counter() - begun > given.budget:
@@ -69,8 +75,8 @@ def main() -> None:
         shown = (f"{full:.2f}", f"{full / reference - 1:+.3f}", f"{partial:.2f}", f"{partial / reference:.3f}")
         rows.append((given.size, name, *shown, f"{gib:.2f}", f"{reference:.2f}"))
         print("  ".join(rows[-1]), flush=True)
-    if not given.tiny:
-        write(rows, ROOT / "benchmarks" / "results" / "toca_step.csv")
+        if not given.tiny:
+            write(rows, ROOT / "benchmarks" / "results" / "toca_step.csv")
     print(f"\n{'recipe':28} full ms (over stock)  partial ms (of stock)  GiB   [{time.perf_counter() - begun:.0f} s]")
     for _, name, full, over, partial, share, gib, _ in rows:
         print(f"{name:28} {full:>8} ({over})      {partial:>8} ({share})   {gib:>8}")
@@ -93,9 +99,47 @@ def measure(
     handle.remove()
     # Beside it and not before all: the clock of a GPU under load moves.
     found["stock"] = [timed(lambda: model(**inputs)) for _ in range(repeats)]
-    first = {"compute": 2, "partial": 1, "stock": 0}  # the first of a kind compile what stays
+    first = {"compute": 2, "partial": 2, "stock": 0}  # the first of a kind compile or record what stays
     full, partial, stock = (statistics.median(found[kind][first[kind] :]) for kind in ("compute", "partial", "stock"))
     return full, partial, report.cache_mib / 1024, stock
+
+
+def profile(model: Any, inputs: dict[str, Any], file: Path) -> None:
+    """Writes the twelve dearest kernels of a full and of a partial evaluation, played and launched one by one."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    lines = []
+    for record in (True, False):
+        recipe = {"schema": 1, "cache": {"method": "toca", "every": 2}, "tokens": {"record": record}}
+        handle = hasten.apply(model, recipe)
+        sigmas = [1.0 - i / 12 for i in range(13)]
+        with handle.run(sigmas):
+            for i, sigma in enumerate(sigmas[:8]):
+                given = {**inputs, "timestep": torch.full_like(inputs["timestep"], sigma)}
+                if i < 6 or (i == 6 and not record):
+                    model(**given)
+                    continue
+                with profiling(activities=kinds) as found:
+                    elapsed = timed(lambda given=given: model(**given))
+                lines += [f"{'full' if i == 6 else 'part'}, {'played' if record else 'launched'}: {elapsed:.2f} ms"]
+                lines += _dearest(found)
+        handle.remove()
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _dearest(found: Any) -> list[str]:
+    """The profile's sums and its twelve dearest entries, on the device where there is one."""
+    device = torch.cuda.is_available()
+    events = [e for e in found.key_averages() if not device or str(e.device_type).endswith("CUDA")]
+    key = (lambda e: e.self_device_time_total) if device else (lambda e: e.self_cpu_time_total)
+    host = sum(e.self_cpu_time_total for e in found.key_averages())
+    launched = sum(e.count for e in events)
+    total = sum(key(e) for e in events)
+    lines = [f"  host {host / 1e3:.2f} ms, device {total / 1e3:.2f} ms, {launched} launches"]
+    dearest = sorted(events, key=key, reverse=True)[:12]
+    return lines + [f"  {key(e) / 1e3:8.3f} ms {e.count:5} x  {e.key[:90]}" for e in dearest]
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -133,6 +177,26 @@ def check_kernels() -> None:
     found = chosen_rows.launch(chosen_rows.triton_kernel(), x, index, scale, shift, 1e-6, gate, a)
     expected = chosen_rows._chosen_rows._init_fn(x, index, scale, shift, 1e-6, gate, a)
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=0.1)
+
+
+def check_recording() -> None:
+    """Evaluations in part that are played from a recording give what those give that are launched, bit for bit."""
+    model = make_model("cuda", tiny=True)
+    inputs = make_inputs(model, 256, 256)
+    sigmas = [1.0 - i / 14 for i in range(15)]
+    for method, tokens in (("toca", {}), ("toca", {"memory": "fp8", "score": "random"}), ("duca", {}), ("modules", {})):
+        outputs = []
+        for record in (True, False):
+            recipe = {"schema": 1, "cache": {"method": method, "every": 4}, "tokens": {**tokens, "record": record}}
+            handle = hasten.apply(model, recipe)
+            with handle.run(sigmas):
+                of = [model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], s)})[0] for s in sigmas[:-1]]
+            outputs.append(torch.stack(of).float())
+            if handle.report.notes:
+                print(f"{method}, record {record}: {handle.report.notes}", flush=True)
+            handle.remove()
+        furthest = (outputs[0] - outputs[1]).abs().max().item()
+        print(f"{method} {tokens}: played against launched, largest difference {furthest:.3g}", flush=True)
 
 
 def write(rows: list[tuple[str, ...]], file: Path) -> None:

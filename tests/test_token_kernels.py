@@ -32,10 +32,14 @@ for dtype in dtypes:
         found = received.launch(received.triton_kernel(), q, k)
         torch.testing.assert_close(found, received._attention_received._init_fn(q, k), **reach)
         assert torch.equal(found, received.launch(received.triton_kernel(), q, k))
+        by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+        assert torch.equal(found, received.launch(received.triton_kernel(), *by_token))
     for angles in (1, 2):
         x, angle = noise(2, 3, 70, 24, seed=3, dtype=dtype), noise(angles, 1, 70, 12, seed=4)
         found = rotation.launch(rotation.triton_kernel(), x, angle.cos(), angle.sin())
         torch.testing.assert_close(found, rotation._rotated._init_fn(x, angle.cos(), angle.sin()))
+        by_token = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(found, rotation.launch(rotation.triton_kernel(), by_token, angle.cos(), angle.sin()))
     x, a, b = (noise(2, 9, 1100, seed=i, dtype=dtype) for i in (5, 6, 7))
     gate, gate_b, scale, shift = (noise(n, 1, 1100, seed=8 + i, dtype=dtype) for i, n in enumerate((2, 2, 1, 2)))
     index = torch.tensor([3, 8, 9 + 2, 9 + 2], device=device)

@@ -280,3 +280,29 @@ def test_diffusers_own_cache_on_the_same_blocks_is_refused_in_a_sentence() -> No
         hasten.accelerate(pipe, INSIDE["toca"]).__enter__()
     pipe.transformer.disable_cache()
     hastened(pipe, INSIDE["toca"], steps=4)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_all_blocks_at_once_give_what_they_give_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, report = hastened(flux(), INSIDE[name])
+    monkeypatch.setattr("hasten.hosts.diffusers_parts.Insides.walk", lambda *_: None)
+    one_by_one, other = hastened(flux(), INSIDE[name])
+    assert same(at_once, one_by_one)
+    assert (report.strip, report.cache_mib) == (other.strip, other.cache_mib)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_recorded_evaluation_gives_what_a_launched_one_gives(name: str) -> None:
+    model = transformer().to("cuda")
+    inputs = {k: v.to("cuda") if isinstance(v, Tensor) else v for k, v in model_inputs(batch=2).items()}
+    sigmas = [1.0 - i / 14 for i in range(15)]
+    outputs = []
+    for record in (True, False):
+        settings = {**INSIDE[name], "tokens": {**INSIDE[name]["tokens"], "record": record}}
+        handle = hasten.apply(model, settings)
+        with handle.run(sigmas):
+            outputs.append([call(model, inputs, sigma).clone() for sigma in sigmas[:-1]])
+        handle.remove()
+    for played, launched in zip(*outputs, strict=True):
+        torch.testing.assert_close(played, launched, rtol=1e-5, atol=1e-6)

@@ -45,6 +45,7 @@ class Call:
         self.plan = terms.plan
         self.standing_in = False
         self.refreshing = False
+        self.ahead: list[Tensor] | None = None  # a partial evaluation's tokens after the last block, known at block 0
         self.excuse = ""
         self.clock = Clock()
         self._seam = 0

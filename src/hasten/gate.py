@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from hasten.call import Call
-from hasten.token_gate import Parts, TokenGate
+from hasten.parts import Parts
+from hasten.token_gate import TokenGate
+from hasten.walk import Walk
 
 
 class Streams(Protocol):
@@ -39,15 +41,21 @@ class Gate:
 
     @torch.compiler.disable
     def __call__(
-        self, call: Call, streams: S, run: Callable[[], S], replace: Callable[[Tensor], S], parts: Parts | None = None
+        self,
+        call: Call,
+        streams: S,
+        run: Callable[[], S],
+        replace: Callable[[Tensor], S],
+        parts: Parts | None = None,
+        walk: Callable[[], Walk | None] = lambda: None,
     ) -> S:
         """The block's streams after it: run, passed through, or stood in for.
 
         run: runs the block on `streams`. replace: the host's streams with the image tokens replaced. parts: the way
-        into the block, for caches that reach inside.
+        into the block, for caches that reach inside; walk: into all blocks at once, where nothing lies between them.
         """
         if parts is not None:
-            after: S = self._inside(call, streams, parts, run, replace)
+            after: S = self._inside(call, streams, parts, run, replace, walk)
             return after
         plan, block = call.plan, self.block
         if not call.standing_in and block in plan.seams:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,38 +19,39 @@ from hasten.moment import Moment
 from hasten.predict import Predictor
 from hasten.tokens import choose, fresh_count, normalised
 
+if TYPE_CHECKING:
+    from hasten.walk import Recorded
+
+# Gives other scores for (L, B, N) of them; None where they stay.
+Redraw = Callable[[Tensor], Tensor] | None
+
 
 @dataclass
 class Remembered:
     """One track: outputs of the latest full evaluations, newest last, before their gates.
 
     attention: the attention's output; projected where the block adds it by itself, as the last linear layer takes it
-    where that takes both. output: the MLP's or the last linear layer's. score: (B, N), normalised. age: (B, N), partial
-    evaluations since each token was refreshed.
+    where that takes both. output: the MLP's or the last linear layer's.
     """
 
     sigmas: list[float] = field(default_factory=list)
     attention: list[Kept] = field(default_factory=list)
     output: list[Kept] = field(default_factory=list)
-    score: Tensor | None = None
-    age: Tensor | None = None
 
     def remember(
         self, sigma: float, attention: Tensor | None, output: Tensor, *, window: int, memory: str, forecast: bool
     ) -> None:
         """Keeps what a full evaluation gave. forecast: the attention's output is forecast too, not only held."""
-        if self.sigmas and self.sigmas[-1] == sigma:
-            del self.sigmas[-1:], self.output[-1:], self.attention[-1:]
+        again = bool(self.sigmas) and self.sigmas[-1] == sigma
         if self.output and self.output[-1].data.shape != output.shape:
             # A host's other patches may add or drop tokens within a run: what is of others cannot stand in.
             del self.sigmas[:], self.output[:], self.attention[:]
-        # Room first: what is dropped makes place for what comes.
-        del self.sigmas[: 1 - window or None], self.output[: 1 - window or None]
-        del self.attention[: (1 - window or None) if forecast else None]
+        if again or len(self.sigmas) >= window:
+            self.sigmas = self.sigmas[:-1] if again else self.sigmas[1:]
         self.sigmas.append(sigma)
-        self.output.append(Kept.of(output, memory))
+        _put(self.output, output, window=window, memory=memory, again=again)
         if attention is not None:
-            self.attention.append(Kept.of(attention, memory))
+            _put(self.attention, attention, window=window if forecast else 1, memory=memory, again=again)
 
     def fits(self, x: Tensor) -> bool:
         """Whether something is remembered, and of as many tokens and samples as x, (B, N, C), has."""
@@ -68,60 +70,101 @@ class Remembered:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept here."""
-        kept = [t for k in (*self.attention, *self.output) for t in k.tensors()]
-        return [*kept, *(t for t in (self.score, self.age) if t is not None)]
+        return [t for k in (*self.attention, *self.output) for t in k.tensors()]
+
+
+def _put(kept: list[Kept], tensor: Tensor, *, window: int, memory: str, again: bool) -> None:
+    """Keeps a copy as the newest, in the memory of the one that it replaces: addresses stay those of a recording."""
+    into = None
+    if kept and (again or len(kept) >= window):
+        into = kept.pop(-1 if again else 0)
+    kept.append(Kept.of(tensor, memory, into=into))
+
+
+@dataclass
+class Group:
+    """Tracks of one stream with equally many tokens: scores, (L, B, N), and ages in partial evaluations since each
+    token was refreshed, alike. counts: how many tokens each refreshes; limit: the same, (L, 1, 1)."""
+
+    blocks: list[int]
+    counts: list[int]
+    scores: Tensor
+    ages: Tensor
+    limit: Tensor
 
 
 @dataclass
 class Inside:
-    """One lane's tracks by block and stream, and the tokens chosen for the evaluation under way."""
+    """One lane's tracks by block and stream, and the tokens chosen for the evaluation under way.
+
+    walks: through all blocks at once; recorded: one of them, as walk.py plays it again.
+    """
 
     tracks: dict[tuple[int, str], Remembered] = field(default_factory=dict)
+    groups: dict[tuple[str, torch.Size], Group] = field(default_factory=dict)
     chosen: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    chosen_for: int = -1
+    walks: int = 0
+    recorded: Recorded | None = None
+    _scored: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _chosen_for: int = -1
 
     def at(self, block: int, stream: str) -> Remembered:
         """The track, empty when new."""
         return self.tracks.setdefault((block, stream), Remembered())
 
     def score(self, block: int, stream: str, score: Tensor) -> None:
-        """After a full evaluation: the tokens' scores, (B, N), and no token is stale."""
-        track = self.at(block, stream)
-        track.score = normalised(score)
-        track.age = torch.zeros(score.shape, dtype=torch.int32, device=score.device)
+        """After a full evaluation: the tokens' scores, (B, N), as they are; none of the tokens is stale."""
+        self._scored[block, stream] = score
 
     def choose(
-        self,
-        moment: Moment,
-        ratios: Sequence[float],
-        *,
-        staleness: float,
-        every: int,
-        redraw: Callable[[Tensor], Tensor] | None = None,
+        self, moment: Moment, ratios: Sequence[float], *, staleness: float, every: int, redraw: Redraw = None
     ) -> None:
-        """Chooses the tokens of every track at once, where that is not done yet: few launches for all blocks.
-
-        redraw: gives other scores for (L, B, N) of them, where they are drawn anew at each evaluation.
-        """
-        if self.chosen_for == moment.index:
+        """Chooses the tokens of every track at once, where that is not done yet: few launches for all blocks."""
+        if self._chosen_for == moment.index:
             return
-        self.chosen_for, self.chosen = moment.index, {}
-        alike: dict[tuple[str, torch.Size], list[int]] = {}
-        for (block, stream), track in self.tracks.items():
-            if ratios[block] > 0.0 and track.score is not None:
-                alike.setdefault((stream, track.score.shape), []).append(block)
-        for (stream, shape), blocks in alike.items():
-            tracks = [self.tracks[block, stream] for block in blocks]
-            scores = torch.stack([t.score for t in tracks if t.score is not None])
-            ages = torch.stack([t.age for t in tracks if t.age is not None])
-            counts = [fresh_count(ratios[block], shape[-1]) for block in blocks]
-            scores = scores if redraw is None else redraw(scores)
-            indices, after = choose(scores, ages, counts, staleness=staleness, every=every)
-            for block, track, index, age in zip(blocks, tracks, indices, after, strict=True):
-                track.age = age
+        self._chosen_for = moment.index
+        self.arrange(ratios, redraw)
+        self.pick(staleness=staleness, every=every)
+
+    def arrange(self, ratios: Sequence[float], redraw: Redraw = None) -> None:
+        """Gives the scores that came since their places. redraw: other scores for (L, B, N), drawn anew each time."""
+        alike: dict[tuple[str, torch.Size], dict[int, Tensor]] = {}
+        for (block, stream), score in self._scored.items():
+            if ratios[block] > 0.0:
+                alike.setdefault((stream, score.shape), {})[block] = score
+        self._scored = {}
+        for key, found in alike.items():
+            scores, group = normalised(torch.stack(list(found.values()))), self.groups.get(key)
+            if group is None or not found.keys() <= set(group.blocks):
+                counts = [fresh_count(ratios[block], scores.shape[-1]) for block in found]
+                limit = torch.tensor(counts, device=scores.device).view(-1, 1, 1)
+                ages = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+                self.groups[key] = Group(list(found), counts, scores, ages, limit)
+            elif len(found) == len(group.blocks):
+                group.scores.copy_(scores)
+                group.ages.zero_()
+            else:
+                for block, score in zip(found, scores, strict=True):
+                    group.scores[group.blocks.index(block)] = score
+                    group.ages[group.blocks.index(block)] = 0
+        if redraw is not None:
+            for group in self.groups.values():
+                group.scores.copy_(redraw(group.scores))
+
+    def pick(self, *, staleness: float, every: int) -> None:
+        """The tokens with the highest scores, and the ages after it. Nothing waits for the device."""
+        self.chosen = {}
+        for (stream, _), group in self.groups.items():
+            indices, after = choose(
+                group.scores, group.ages, group.counts, staleness=staleness, every=every, limit=group.limit
+            )
+            group.ages.copy_(after)
+            for block, index in zip(group.blocks, indices, strict=True):
                 if len(index):
                     self.chosen[block, stream] = index
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that is kept here."""
-        return [t for track in self.tracks.values() for t in track.tensors()]
+        kept = [t for track in self.tracks.values() for t in track.tensors()]
+        kept += [t for group in self.groups.values() for t in (group.scores, group.ages, group.limit)]
+        return [*kept, *self._scored.values()]

@@ -32,9 +32,11 @@ class Kept:
     ready: torch.cuda.Event | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, memory: str) -> Kept:
-        """A copy of `tensor`, in that form."""
+    def of(cls, tensor: Tensor, memory: str, *, into: Kept | None = None) -> Kept:
+        """A copy of `tensor`, in that form. into: one that is not needed any more, whose memory it takes if it can."""
         tensor = tensor.detach()
+        if into is not None and into._refill(tensor, memory):
+            return into
         if memory == "fp8":
             data, scale = in_fp8(tensor)
             return cls(memory, tensor.dtype, tensor.device, data, scale)
@@ -45,6 +47,18 @@ class Kept:
             return cls(memory, tensor.dtype, tensor.device, data, ready=event)
         data = tensor.to(torch.bfloat16 if memory == "bf16" else tensor.dtype, copy=True)
         return cls(memory, tensor.dtype, tensor.device, data.contiguous())
+
+    def _refill(self, tensor: Tensor, memory: str) -> bool:
+        alike = (memory, tensor.dtype, tensor.device, tensor.shape)
+        if memory == "host" or alike != (self.memory, self.dtype, self.device, self.data.shape):
+            return False
+        if self.scale is None:
+            self.data.copy_(tensor)
+            return True
+        data, scale = in_fp8(tensor)
+        _bits(self.data).copy_(_bits(data))
+        self.scale.copy_(scale)
+        return True
 
     def read(self) -> Tensor:
         """All of it, in the model's dtype, on its device; not to be written to."""

@@ -199,6 +199,8 @@ class Tokens:
     staleness: what a token gains that was left out for a whole period. spatial: what the best token of each cell of
     `cell` x `cell` gains, a share of its own score. full_first: steps at the beginning that are computed in full.
     memory: what is kept is in the "model"'s dtype, in "bf16", in "fp8", or in the model's dtype on the "host".
+    record: on a GPU a partial evaluation's launches are recorded once a run and played from then on, where the model's
+    weights stay in place.
     The defaults are those of FLUX in ToCa's code (arXiv 2410.05317), which the original ComfyUI-Lightning took over;
     but for `depth` and `queries`, there 27 and 0.
     """
@@ -215,6 +217,7 @@ class Tokens:
     seed: int = 0
     full_first: int = 3
     memory: str = "model"
+    record: bool = True
 
     def __post_init__(self) -> None:
         between("tokens.ratio", self.ratio, 0.0, 1.0)

@@ -9,86 +9,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hasten.call import Call
-from hasten.inside import Inside, Remembered
+from hasten.inside import Inside, Redraw, Remembered
 from hasten.kept import bytes_of
 from hasten.kernels.chosen_rows import chosen_rows
 from hasten.kernels.gated_sum import gated_sum
 from hasten.lane import Row
+from hasten.parts import Modulation, Parts, Track
 from hasten.policy import Decision
 from hasten.tokens import with_spatial_bonus
+from hasten.walk import Walk, through, walked
 
 _log = logging.getLogger("hasten")
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """One track's shift, scale and gates, (B, 1, C) or (1, 1, C). attention: None where one gate is for both."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-    attention: Tensor | None
-
-    def of(self, rows: slice) -> Modulation:
-        """That of some of the batch."""
-        if self.shift.shape[0] == 1:
-            return self
-        attention = None if self.attention is None else self.attention[rows]
-        return Modulation(self.shift[rows], self.scale[rows], self.gate[rows], attention)
-
-
-class Track(Protocol):
-    """One stream of one block, as a host gives access to it. eps: its norm's, which has no weights."""
-
-    stream: str
-    eps: float
-
-    def modulation(self) -> Modulation:
-        """From this call's vector, by the host's own linear layer."""
-
-    def refresh(self, rows: Tensor, attention: Tensor | None) -> Tensor:
-        """The track's output for some tokens, (B, k, C): the host's own MLP on modulated rows.
-
-        attention: the kept attention's output of those tokens, where the last linear layer takes both.
-        """
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What one track of a full evaluation gave out. span: its tokens within the attention's."""
-
-    attention: Tensor
-    output: Tensor
-    span: slice
-
-
-# The host's streams are passed on as they are: Any, for what they are is gate.py's to say.
-
-
-class Parts(Protocol):
-    """One block's parts in one call. grid: the image's tokens as (rows, columns), where the host knows it."""
-
-    tracks: Sequence[Track]
-    grid: tuple[int, int] | None
-
-    def tensors(self, streams: Any) -> list[Tensor]:
-        """Each track's tokens, (B, N, C), in the order of `tracks`."""
-
-    def streams(self, tensors: list[Tensor]) -> Any:
-        """The host's streams with those tokens."""
-
-    def seen(self) -> list[Seen] | None:
-        """After the block was run: what its modules gave out; None where that could not be seen."""
-
-    def scores(self, kind: str, queries: int) -> Tensor | None:
-        """(B, N) over all of the attention's tokens, text first: "attention" received or "value" norm."""
 
 
 class TokenGate:
@@ -98,15 +35,27 @@ class TokenGate:
         self.block = block
 
     def __call__(
-        self, call: Call, streams: Any, parts: Parts, run: Callable[[], Any], replace: Callable[[Tensor], Any]
+        self,
+        call: Call,
+        streams: Any,
+        parts: Parts,
+        run: Callable[[], Any],
+        replace: Callable[[Tensor], Any],
+        walk: Callable[[], Walk | None],
     ) -> Any:
-        """The block's streams after it: run, in part, or passed through. As in Gate, but for `parts`."""
+        """The block's streams after it: run, in part, or passed through. As in Gate, but for `parts` and `walk`."""
         plan, block = call.plan, self.block
         if block == 0:
             self._begin(call, streams, parts)
+            if call.refreshing:
+                call.ahead = self._ahead(call, walk())
         if call.standing_in:
             return replace(call.stand_in()) if block == plan.end else streams
-        if block in plan.skip:
+        if call.ahead is not None:
+            if block != plan.end:
+                return streams
+            after = parts.streams(call.ahead)
+        elif block in plan.skip:
             after = streams
         else:
             found = self._in_part(call, parts, parts.tensors(streams)) if call.refreshing else None
@@ -183,56 +132,99 @@ class TokenGate:
         first = score.shape[1] - grid[0] * grid[1] if track.stream == "joint" else 0
         return with_spatial_bonus(score, grid, bonus=tokens.spatial, cell=tokens.cell, first=first)
 
+    def _ahead(self, call: Call, walk: Walk | None) -> list[Tensor] | None:
+        """The tokens after the last block, where all of them can be walked through from here."""
+        if walk is None:
+            return None
+        parts, tokens = walk.parts(walk.given), call.plan.tokens
+        streams = walk.streams(walk.given)
+        fitting: list[bool] = []
+
+        def look(block: int, part: Parts, tensors: list[Tensor]) -> list[Tensor]:
+            fitting.append(block in call.plan.skip or fits(call, block, part, tensors))
+            return tensors
+
+        through(parts, streams, look)
+        if not all(fitting):
+            return None
+        for row in call.rows:
+            assert row.lane.inside is not None
+            row.lane.inside.arrange(call.plan.ratios, redrawing(call))
+
+        def run(given: Sequence[Tensor]) -> list[Tensor]:
+            for row in call.rows:
+                assert row.lane.inside is not None
+                row.lane.inside.pick(staleness=tokens.staleness, every=call.terms.cache.every)
+            return through(
+                walk.parts(given),
+                walk.streams(given),
+                lambda block, part, x: x if block in call.plan.skip else refreshed(call, block, part, x),
+            )
+
+        return walked(call, walk, run)
+
     def _in_part(self, call: Call, parts: Parts, tensors: list[Tensor]) -> list[Tensor] | None:
         """Each track's tokens after the block, or None where what is remembered is of other tokens."""
+        if not fits(call, self.block, parts, tensors):
+            call.terms.report.note("blocks of which nothing is remembered that fits were computed in full")
+            return None
         tokens = call.plan.tokens
         for row in call.rows:
-            inside = row.lane.inside
-            assert inside is not None
-            for track, x in zip(parts.tracks, tensors, strict=True):
-                if not inside.at(self.block, track.stream).fits(x[row.rows]):
-                    call.terms.report.note("blocks of which nothing is remembered that fits were computed in full")
-                    return None
-            redraw = None
-            if tokens.score == "random":
-                redraw = _drawn(tokens.seed + call.ongoing.moment.index)
-            inside.choose(
+            assert row.lane.inside is not None
+            row.lane.inside.choose(
                 call.ongoing.moment,
                 call.plan.ratios,
                 staleness=tokens.staleness,
                 every=call.terms.cache.every,
-                redraw=redraw,
+                redraw=redrawing(call),
             )
-        after = []
-        for track, x in zip(parts.tracks, tensors, strict=True):
-            modulation = track.modulation()
-            each = [self._track(call, row, track, x[row.rows], modulation.of(row.rows)) for row in call.rows]
-            after.append(each[0] if len(each) == 1 else torch.cat(each))
-        return after
+        return refreshed(call, self.block, parts, tensors)
 
-    def _track(self, call: Call, row: Row, track: Track, x: Tensor, m: Modulation) -> Tensor:
-        """One lane's tokens of one track after the block, (B, N, C)."""
-        inside, predictor, moment = row.lane.inside, call.terms.predictor, call.ongoing.moment
+
+def fits(call: Call, block: int, parts: Parts, tensors: list[Tensor]) -> bool:
+    """Whether every lane remembers something of each track, of as many tokens as it has now."""
+    for row in call.rows:
+        inside = row.lane.inside
         assert inside is not None
-        known: Remembered = inside.at(self.block, track.stream)
-        index = inside.chosen.get((self.block, track.stream))
-        attention = known.forecast(known.attention, predictor, moment) if m.attention is not None else None
-        if index is None:
-            output = known.forecast(known.output, predictor, moment)
-        else:
-            x = x.contiguous()
-            rows = chosen_rows(x, index, m.scale, m.shift, eps=track.eps, gate=m.attention, a=attention)
-            taken = None if attention is not None else known.attention[-1].rows(index).view(rows.shape)
-            fresh = track.refresh(rows, taken).reshape(-1, x.shape[-1])
-            if len(known.output) == 1:
-                output = known.output[-1].refreshed(index, fresh)
-            else:  # a row that is fresh now has no past to be forecast from: it serves this evaluation alone
-                output = known.forecast(known.output, predictor, moment).clone()
-                output.view(-1, x.shape[-1]).index_copy_(0, index, fresh)
-        if attention is None:
-            return gated_sum(x, m.gate, output)
-        assert m.attention is not None
-        return gated_sum(x, m.attention, attention, m.gate, output)
+        for track, x in zip(parts.tracks, tensors, strict=True):
+            if not inside.at(block, track.stream).fits(x[row.rows]):
+                return False
+    return True
+
+
+def refreshed(call: Call, block: int, parts: Parts, tensors: list[Tensor]) -> list[Tensor]:
+    """Each track's tokens after the block: the chosen ones sent through its MLP, the rest as remembered."""
+    after = []
+    for track, x in zip(parts.tracks, tensors, strict=True):
+        modulation = track.modulation()
+        each = [_track(call, row, block, track, x[row.rows], modulation.of(row.rows)) for row in call.rows]
+        after.append(each[0] if len(each) == 1 else torch.cat(each))
+    return after
+
+
+def _track(call: Call, row: Row, block: int, track: Track, x: Tensor, m: Modulation) -> Tensor:
+    """One lane's tokens of one track after the block, (B, N, C)."""
+    inside, predictor, moment = row.lane.inside, call.terms.predictor, call.ongoing.moment
+    assert inside is not None
+    known: Remembered = inside.at(block, track.stream)
+    index = inside.chosen.get((block, track.stream))
+    attention = known.forecast(known.attention, predictor, moment) if m.attention is not None else None
+    if index is None:
+        output = known.forecast(known.output, predictor, moment)
+    else:
+        x = x.contiguous()
+        rows = chosen_rows(x, index, m.scale, m.shift, eps=track.eps, gate=m.attention, a=attention)
+        taken = None if attention is not None else known.attention[-1].rows(index).view(rows.shape)
+        fresh = track.refresh(rows, taken).reshape(-1, x.shape[-1])
+        if len(known.output) == 1:
+            output = known.output[-1].refreshed(index, fresh)
+        else:  # a row that is fresh now has no past to be forecast from: it serves this evaluation alone
+            output = known.forecast(known.output, predictor, moment).clone()
+            output.view(-1, x.shape[-1]).index_copy_(0, index, fresh)
+    if attention is None:
+        return gated_sum(x, m.gate, output)
+    assert m.attention is not None
+    return gated_sum(x, m.attention, attention, m.gate, output)
 
 
 def plan_memory(call: Call, tensors: list[Tensor]) -> None:
@@ -254,8 +246,11 @@ def plan_memory(call: Call, tensors: list[Tensor]) -> None:
             _log.info("what is remembered inside the blocks will take %.0f MiB for this condition", planned)
 
 
-def _drawn(seed: int) -> Callable[[Tensor], Tensor]:
-    """Random scores of the same shape: DuCa (arXiv 2412.18911) found them as good as any."""
+def redrawing(call: Call) -> Redraw:
+    """Random scores at each evaluation, where they are asked for: DuCa (arXiv 2412.18911) found them as good as any."""
+    if call.plan.tokens.score != "random":
+        return None
+    seed = call.plan.tokens.seed + call.ongoing.moment.index
 
     def draw(scores: Tensor) -> Tensor:
         generator = torch.Generator(scores.device).manual_seed(seed)

@@ -64,17 +64,18 @@ def with_spatial_bonus(score: Tensor, grid: tuple[int, int], *, bonus: float, ce
 
 
 def choose(
-    scores: Tensor, ages: Tensor, counts: Sequence[int], *, staleness: float, every: int
+    scores: Tensor, ages: Tensor, counts: Sequence[int], *, staleness: float, every: int, limit: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's chosen tokens, the highest of score + staleness x age / every, and the ages after it.
 
     scores, ages: (L, B, N) for the layers of a stage and stream, ages in partial evaluations since the last refresh.
-    counts: how many of each layer. Chosen ones come as (B * k,) indices into (B * N) rows, best first. Ages grow by one
-    and those of the chosen are 0.
+    counts: how many of each layer; limit: the same on the device, (L, 1, 1). Chosen ones come as (B * k,) indices into
+    (B * N) rows, best first. Ages grow by one and those of the chosen are 0.
     """
     layers, batch, tokens = scores.shape
     order = (scores + ages * (staleness / every)).argsort(dim=-1, descending=True, stable=True)
-    limit = torch.tensor(counts, device=scores.device).view(layers, 1, 1)
+    if limit is None:
+        limit = torch.tensor(counts, device=scores.device).view(layers, 1, 1)
     chosen = torch.arange(tokens, device=scores.device) < limit
     grown = torch.where(chosen, 0, (ages + 1).gather(-1, order))
     after = torch.empty_like(ages).scatter_(-1, order, grown.to(ages.dtype))

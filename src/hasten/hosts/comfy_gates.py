@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hasten.call import Call
 from hasten.gate import Gate
-from hasten.hosts.comfy_parts import FluxParts
+from hasten.hosts.comfy_parts import FluxParts, FluxWalk
 from hasten.taps import empty
 
 Patch = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
@@ -18,14 +18,20 @@ Patch = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 class Held:
     """One call under way, the network that runs it (a device's own, where conditions are split over several), and
-    how many text tokens lead its joint stream (known once a double block was met).
+    how many text tokens lead its joint stream (known once a double block was met). between: a ControlNet adds to what
+    the blocks give out.
     """
 
-    __slots__ = ("call", "network", "text_tokens")
+    __slots__ = ("between", "call", "network", "text_tokens")
 
     def __init__(self, call: Call, network: Any) -> None:
         self.call, self.network = call, network
         self.text_tokens = 0
+        self.between = False
+
+    def passes(self, gate: Gate) -> bool:
+        """Whether a block's tokens pass it by, because the first gate walked through all of them."""
+        return self.call.ahead is not None and gate.block != self.call.plan.end
 
 
 class Listening(Protocol):
@@ -36,6 +42,9 @@ class Listening(Protocol):
 
     def parts(self, held: Held, block: int, args: dict[str, Any]) -> FluxParts | None:
         """The way into a block, counted from 0 over all of them; None where no recipe reaches inside."""
+
+    def walk(self, held: Held, args: dict[str, Any]) -> FluxWalk | None:
+        """All blocks at once from the first one's arguments, where nothing is known to lie between them."""
 
     def tapped(self, block: Any) -> list[Any]:
         """The modules of a block that are listened to."""
@@ -87,6 +96,8 @@ def hung_on_double(run: Listening, gate: Gate, found: Patch | None) -> Patch:
         if held is None:
             return _run(found, args, extra)
         held.text_tokens = args["txt"].shape[1]
+        if held.passes(gate):
+            return {"img": args["img"], "txt": args["txt"]}
 
         def through() -> DoubleStreams:
             out = _run(found, args, extra)
@@ -97,7 +108,7 @@ def hung_on_double(run: Listening, gate: Gate, found: Patch | None) -> Patch:
 
         entering = DoubleStreams(args["img"], args, args["vec"], held.network)
         parts = run.parts(held, gate.block, args)
-        after = gate(held.call, entering, through, with_image, parts)
+        after = gate(held.call, entering, through, with_image, parts, lambda: run.walk(held, args))
         if parts is not None:
             empty(run.tapped(parts.block))
         return {"img": args["img"], "txt": args["txt"]} if after is entering else after.out
@@ -113,6 +124,8 @@ def hung_on_single(run: Listening, gate: Gate, found: Patch | None) -> Patch:
         if held is None:
             return _run(found, args, extra)
         joint, text_tokens = args["img"], held.text_tokens
+        if held.passes(gate):
+            return {"img": joint}
 
         def through() -> JointStream:
             return JointStream(_run(found, args, extra)["img"], text_tokens)

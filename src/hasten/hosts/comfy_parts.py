@@ -6,15 +6,15 @@ Everything is called through the host's own modules, so low-VRAM casting, FP8, G
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hasten.parts import Modulation, Parts, Seen
 from hasten.taps import heard
-from hasten.token_gate import Modulation, Seen
 from hasten.tokens import attention_score, value_norm
 
 
@@ -157,6 +157,39 @@ class FluxParts:
         return attention_score(q, k, cos, sin, queries=queries)
 
 
+class FluxWalk:
+    """All blocks of one call, for a partial evaluation with nothing between them. args: the first block's."""
+
+    def __init__(self, network: Any, args: dict[str, Any], weights: list[Tensor] | None) -> None:
+        blocks = (*network.double_blocks, *network.single_blocks)
+        self._blocks = [getattr(block, "_orig_mod", block) for block in blocks]
+        self._args, self.weights = args, weights
+        self.given = (args["img"], args["txt"], args["vec"])
+
+    def streams(self, given: Sequence[Tensor]) -> Tokens:
+        """Those before the first block."""
+        return Tokens((given[0], given[1]), given[1].shape[1])
+
+    def parts(self, given: Sequence[Tensor]) -> list[Parts]:
+        """Each block's; where the image's tokens lie is of no matter to what is remembered."""
+        image, text, vec = given
+        args = {**self._args, "img": image, "txt": text, "vec": vec}
+        return [FluxParts(block, args, text.shape[1], None) for block in self._blocks]
+
+
+def staying(network: Any, device: torch.device) -> list[Tensor] | None:
+    """Every weight of the blocks; None where some lie elsewhere, are cast as they are used, or are of another kind."""
+    found: list[Tensor] = []
+    for block in (*network.double_blocks, *network.single_blocks):
+        for module in block.modules():
+            casts = getattr(module, "comfy_cast_weights", False)
+            if casts or getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+                return None
+        found += (*block.parameters(), *block.buffers())
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in found)
+    return found if plain else None
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A block's tokens after it, as (image, text) or (joint,), with the image within reach."""
@@ -171,8 +204,8 @@ class Tokens:
 
     @property
     def joint(self) -> Tensor:
-        """A single block's stream, (B, L + N, C)."""
-        return self.tensors[0]
+        """A single block's stream, (B, L + N, C), text first."""
+        return self.tensors[0] if len(self.tensors) == 1 else torch.cat((self.tensors[1], self.tensors[0]), 1)
 
     @property
     def out(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hasten.gate import Gate, gate_model
 from hasten.hosts.comfy_fitting import anatomy_of, beside, fitted, steps_before, with_percents
 from hasten.hosts.comfy_gates import Held, Patch, hung_on_double, hung_on_single
 from hasten.hosts.comfy_options import APPLY_MODEL, ATTENTION, CALL, KEY, PREDICT_NOISE, copied
-from hasten.hosts.comfy_parts import FluxParts, tapped
+from hasten.hosts.comfy_parts import FluxParts, FluxWalk, staying, tapped
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
 from hasten.report import Report
@@ -61,6 +61,7 @@ class Run:
         self.latest: Held | None = None
         self.gates: dict[tuple[str, int], Patch] = {}
         self.taps, self.foreign, self.grid = Taps(), False, (0, 0)
+        self.staying: tuple[Any, list[Tensor] | None] | None = None
         for remark in (*self.remarks, *beside(recipe)):
             self.session.report.note(remark)
 
@@ -85,7 +86,7 @@ class Run:
         """Drops every tensor and every gate; gives the report."""
         self.gates.clear()
         self.taps.take_off()
-        self.latest = None
+        self.latest = self.staying = None
         return self.session.close()
 
     def held(self, args: Mapping[str, Any]) -> Held | None:
@@ -118,6 +119,8 @@ class Run:
         if self._intact(to):
             # The call is found through its own options: calls may run side by side, each in its thread.
             self.latest = Held(call, executor.class_obj.diffusion_model)
+            control = given[2] if len(given) > 2 else kwargs.get("control")
+            self.latest.between = control is not None
             own = {**to, CALL: self.latest}
             if len(given) < 4:
                 kwargs["transformer_options"] = own
@@ -165,6 +168,16 @@ class Run:
         image = args["img"].shape[1] - (0 if block < self.doubles else held.text_tokens)
         grid = (rows, columns) if rows * columns == image else None
         return FluxParts(getattr(inner, "_orig_mod", inner), args, held.text_tokens, grid)
+
+    def walk(self, held: Held, args: dict[str, Any]) -> FluxWalk | None:
+        """All blocks at once from the first one's arguments, where nothing is known to lie between them."""
+        network = getattr(held.network, "_orig_mod", held.network)
+        # Other packs (PuLID) put a forward of their own in place, which adds to the image between blocks.
+        if held.between or "forward_orig" in vars(network) or not isinstance(args["vec"], Tensor):
+            return None
+        if self.staying is None or self.staying[0] is not network:
+            self.staying = network, staying(network, args["img"].device)
+        return FluxWalk(network, args, self.staying[1])
 
     def _whole(self, call: Call, x: Tensor, t: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The model as one span, in velocities: what the host hands over here is x - sigma * velocity.

@@ -6,7 +6,7 @@ Everything is called through the host's own modules, so LoRA, quantised layers a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from hasten.call import Call
 from hasten.gate import Gate
 from hasten.hosts.diffusers_families import FluxStreams, noise_tokens
+from hasten.parts import Modulation, Parts, Seen
 from hasten.plan import Plan
 from hasten.taps import Taps, empty, heard
-from hasten.token_gate import Modulation, Seen
 from hasten.tokens import attention_score, value_norm
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -166,6 +166,34 @@ class FluxParts:
         return torch.cat([value_norm(v.unflatten(-1, (-1, attn.head_dim))) for v in reversed(values)], dim=1)
 
 
+class FluxWalk:
+    """All blocks of one call, for a partial evaluation with nothing between them."""
+
+    def __init__(self, blocks: list[Any], streams: FluxStreams, weights: list[Tensor] | None) -> None:
+        self._blocks, self.weights = blocks, weights
+        self.given = (streams.image, streams.text, streams.temb)
+
+    def streams(self, given: Sequence[Tensor]) -> FluxStreams:
+        """Those before the first block."""
+        image, text, temb = given
+        return FluxStreams(text, image, self._blocks[0], temb)
+
+    def parts(self, given: Sequence[Tensor]) -> list[Parts]:
+        """Each block's; where the image's tokens lie is of no matter to what is remembered."""
+        before = self.streams(given)
+        return [FluxParts(replace(before, block=block), None, None) for block in self._blocks]
+
+
+def staying(blocks: Sequence[nn.Module], device: torch.device) -> list[Tensor] | None:
+    """Every weight of the blocks; None where some lie elsewhere or come and go: offloaded, or cast layer by layer."""
+    if any(hasattr(m, hook) for b in blocks for m in b.modules() for hook in ("_hf_hook", "_diffusers_hook")):
+        return None
+    found = [tensor for b in blocks for tensor in (*b.parameters(), *b.buffers())]
+    # A tensor of another class (quantised by torchao, say) keeps its numbers in others that are not seen here.
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in found)
+    return found if plain else None
+
+
 class Called(Protocol):
     """A block's place, as diffusers.py takes it over: see its Slot."""
 
@@ -197,6 +225,9 @@ class Insides:
         self._taps = Taps()
         self._grid: tuple[Tensor, tuple[int, int] | None] | None = None
         self._plainly = False
+        self._between = False
+        self._weights: list[Tensor] | None = None
+        self._looked = False
 
     def listen(self) -> None:
         """Taps what is looked at; again at each run, for a LoRA may have put other modules in place."""
@@ -209,7 +240,8 @@ class Insides:
 
     def end(self) -> None:
         """A run is over."""
-        self._grid = None
+        self._grid = self._weights = None
+        self._looked = False
 
     def begin(self, call: Call, given: Mapping[str, Any]) -> None:
         """Before the model's call: what stands in the way is its excuse, and the image's grid is found."""
@@ -217,9 +249,21 @@ class Insides:
         if reason is not None:
             call.excuse = reason
             call.terms.report.note(reason)
+        names = ("controlnet_block_samples", "controlnet_single_block_samples")
+        self._between = any(given.get(name) is not None for name in names)
         ids, tokens = given.get("img_ids"), given["hidden_states"].shape[1]
         if self._plan.tokens.spatial > 0.0 and ids is not None and (self._grid is None or self._grid[0] is not ids):
             self._grid = ids, grid_of(ids, tokens)
+
+    def walk(self, streams: FluxStreams) -> FluxWalk | None:
+        """All blocks at once, where the model adds nothing between them."""
+        transformer = self._transformer
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        if self._between:
+            return None
+        if not self._looked:
+            self._weights, self._looked = staying(blocks, streams.image.device), True
+        return FluxWalk([getattr(block, "_orig_mod", block) for block in blocks], streams, self._weights)
 
     def gated_block(self, slot: Called, gate: Gate, calling: Callable[[], Call | None]) -> Callable[..., Any]:
         """What takes the place of a block's call. calling: the model's call under way."""
@@ -227,13 +271,16 @@ class Insides:
         names = list(inspect.signature(block.forward).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call, modules = calling(), list(tapped(block, self._score))
+            call = calling()
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if call is not None and call.ahead is not None and gate.block != call.plan.end:
+                return given["encoder_hidden_states"], given["hidden_states"]
+            modules = list(tapped(block, self._score))
             if call is None:
                 try:
                     return slot.inner(*args, **kwargs)
                 finally:
                     empty(modules)
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
             streams = FluxStreams(given["encoder_hidden_states"], given["hidden_states"], block, given["temb"])
             grid = None if self._grid is None else self._grid[1]
             parts = FluxParts(streams, given.get("image_rotary_emb"), grid)
@@ -251,7 +298,9 @@ class Insides:
                 return replace(streams, text=text, image=image)
 
             try:
-                after = gate(call, streams, run, lambda image: replace(streams, image=image), parts)
+                after = gate(
+                    call, streams, run, lambda image: replace(streams, image=image), parts, lambda: self.walk(streams)
+                )
             finally:
                 empty(modules)
             return after.text, after.image

@@ -1,7 +1,7 @@
 """How much attention each key receives, without the N x N map: column sums of softmax(q k^T), over heads and queries.
 
 Full evaluations keep their fused attention; this second kernel looks at q and k alone, and at some of the queries.
-Per program a tile of queries passes over all keys twice: once for its log-sum-exp, once to add up exp(s - lse) by key.
+A tile of queries passes over all keys twice: once for its log-sum-exp, once to add up exp(s - lse) by key.
 Floor for FLUX.1 at 1024x1024 with 256 queries: 4 x 24 x 256 x 4608 x 128 = 14.5 GFLOP.
 """
 
@@ -25,9 +25,9 @@ def attention_received(q: Tensor, k: Tensor) -> Tensor:
     some of the N. The same bits every time: no atomics.
     """
     if q.is_cuda and not torch.compiler.is_compiling():
-        at_once: Tensor = _on_cuda(q.contiguous(), k.contiguous())  # a dispatch costs as much as a launch
+        at_once: Tensor = _on_cuda(q, k)  # a dispatch costs as much as a launch
         return at_once
-    received: Tensor = torch.ops.hasten.attention_received(q.contiguous(), k.contiguous())
+    received: Tensor = torch.ops.hasten.attention_received(q, k)
     return received
 
 
@@ -66,30 +66,39 @@ def _tell_once(reason: str) -> None:
     logging.getLogger("hasten").warning("the Triton column sums cannot be used here, torch does them (%s)", reason)
 
 
-def launch(kernel: Any, q: Tensor, k: Tensor) -> Tensor:
-    """The column sums by the Triton kernel; q (B, H, M, D) and k (B, H, N, D) contiguous, D a multiple of 16."""
+# Programs that keep a large GPU's cores busy several times over (132 of them on an H200).
+PROGRAMS = 1024
+
+
+def launch(kernels: Any, q: Tensor, k: Tensor) -> Tensor:
+    """The column sums by the Triton kernels; q (B, H, M, D) and k (B, H, N, D) with D side by side, of 16s."""
     batch, heads, asked, width = q.shape
     keys = k.shape[2]
     if width % 16:
         raise ValueError(f"heads of width {width}: a multiple of 16 is expected")
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     # 64 x 64 tiles in four warps: small enough for any GPU with tensor cores at D = 128.
     rows, columns = 64, 64
     tiles = (asked + rows - 1) // rows
+    # Few queries make few tiles: then several programs share a tile's keys.
+    wanted = min(max(PROGRAMS // (tiles * batch * heads), 1), (keys + columns - 1) // columns)
+    share = ((keys + wanted - 1) // wanted + columns - 1) // columns * columns
+    grid = (tiles, (keys + share - 1) // share, batch * heads)
+    highs, totals = torch.empty((2, batch * heads, grid[1], asked), dtype=torch.float32, device=k.device)
     parts = torch.empty((batch, heads * tiles, keys), dtype=torch.float32, device=k.device)
     # Base-2 exponentials: log2(e) goes into the scale.
-    scale = width**-0.5 * 1.4426950408889634
-    kernel[(tiles, batch * heads)](
-        q, k, parts, asked, keys, tiles, scale,
-        WIDTH=width, PADDED=1 << (width - 1).bit_length(), ROWS=rows, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+    numbers = (heads, asked, keys, share, width**-0.5 * 1.4426950408889634, *q.stride()[:3], *k.stride()[:3])
+    how = {"WIDTH": width, "PADDED": 1 << (width - 1).bit_length(), "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    kernels.row_sums[grid](q, k, highs, totals, *numbers, **how)
+    kernels.column_sums[grid](q, k, highs, totals, parts, *numbers, **how)
     return parts.sum(1) / (heads * asked)
 
 
 @functools.cache
 def triton_kernel() -> Any:
-    """The kernel, compiled on its first launch; None where Triton is missing."""
+    """The kernels' module, compiled on their first launch; None where Triton is missing."""
     try:
-        from hasten.kernels.column_sums import column_sums
+        from hasten.kernels import column_sums
     except ImportError:
         return None
     return column_sums

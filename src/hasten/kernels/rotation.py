@@ -15,7 +15,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (B, H, N, D). cos, sin: (N, D / 2), (1, 1, N, D / 2) or (B, 1, N, D / 2). Source: FLUX.1, math.py.
     """
-    given = (x.contiguous(), cos.float().contiguous(), sin.float().contiguous())
+    dense = x.is_contiguous() or x.transpose(1, 2).is_contiguous()
+    given = (x if dense else x.contiguous(), cos.float().contiguous(), sin.float().contiguous())
     if x.is_cuda and not torch.compiler.is_compiling():
         at_once: Tensor = _on_cuda(*given)  # a dispatch costs as much as a launch
         return at_once
@@ -54,13 +55,13 @@ def _tell_once(reason: str) -> None:
 
 
 def launch(kernel: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation by the Triton kernel; all contiguous."""
+    """The rotation by the Triton kernel; x contiguous as it is or as (B, N, H, D), the result alike."""
     batch, heads, tokens, width = x.shape
     out, rows, half = torch.empty_like(x), batch * heads * tokens, width // 2
     block = 32
     kernel[((rows + block - 1) // block,)](
         out, x, cos, sin, rows, tokens, cos.numel() // (tokens * half), heads,
-        ROWS=block, HALF=half, PADDED=1 << (half - 1).bit_length(),
+        BY_TOKEN=not x.is_contiguous(), ROWS=block, HALF=half, PADDED=1 << (half - 1).bit_length(),
     )  # fmt: skip
     return out
 

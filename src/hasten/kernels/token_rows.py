@@ -50,7 +50,8 @@ def norm_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotate_pairs(  # type: ignore[no-untyped-def]
-    out, x, cos, sin, rows, tokens, angles, heads, ROWS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
+    out, x, cos, sin, rows, tokens, angles, heads,
+    BY_TOKEN: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, PADDED)
@@ -58,9 +59,11 @@ def rotate_pairs(  # type: ignore[no-untyped-def]
     even_at = row[:, None] * (2 * HALF) + 2 * pair[None, :]
     even = tl.load(x + even_at, mask=inside, other=0.0).to(tl.float32)
     odd = tl.load(x + even_at + 1, mask=inside, other=0.0).to(tl.float32)
-    # Rows are (batch, head, token); angles are (batch or 1, token): `angles` is the first of those two.
+    # Rows are (batch, head, token), or (batch, token, head) BY_TOKEN; angles are (batch or 1, token): `angles` is the
+    # first of those two.
     batch = row // (tokens * heads)
-    angle_at = ((batch % angles) * tokens + row % tokens)[:, None] * HALF + pair[None, :]
+    token = (row // heads) % tokens if BY_TOKEN else row % tokens
+    angle_at = ((batch % angles) * tokens + token)[:, None] * HALF + pair[None, :]
     c = tl.load(cos + angle_at, mask=inside, other=0.0)
     s = tl.load(sin + angle_at, mask=inside, other=0.0)
     tl.store(out + even_at, (even * c - odd * s).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,131 @@
+"""walk.py takes a partial evaluation through all blocks at once, and from its second time on plays it as a CUDA graph.
+
+A partial evaluation is some six hundred short kernels: launched one by one, the host takes several times as long as the
+GPU. Where nothing lies between the blocks the first gate runs them all, and the second time a run does so its launches
+are recorded. What is remembered keeps its addresses, so a recording holds until the run ends; where anything moved, it
+is made anew. It knows nothing of hosts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hasten.call import Call
+from hasten.parts import Parts
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Walk(Protocol):
+    """All blocks of one call, as a host gives access to them where nothing lies between them.
+
+    given: what changes from call to call: image, text and the vector of the modulation. weights: every tensor that is
+    read besides, None where they may move while the run lasts, so that nothing can be recorded.
+    """
+
+    given: tuple[Tensor, ...]
+    weights: Sequence[Tensor] | None
+
+    def parts(self, given: Sequence[Tensor]) -> list[Parts]:
+        """Each block's, for those inputs."""
+
+    def streams(self, given: Sequence[Tensor]) -> Any:
+        """The host's streams before the first block."""
+
+
+class Recorded:
+    """One walk as a CUDA graph, with inputs of its own. `fits` says whether it may be played."""
+
+    def __init__(self, run: Run, given: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        """Records, without running it. reads: tensors whose addresses it takes. Raises what the recording raises."""
+        self._given = [tensor.clone() for tensor in given]
+        self._reads = [(tensor, tensor.data_ptr()) for tensor in reads]
+        self._graph = torch.cuda.CUDAGraph()
+        device = given[0].device
+        with torch.cuda.device(device):
+            current, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+            beside.wait_stream(current)
+            with torch.cuda.stream(beside):
+                # Other threads may go on with the device: another model, a preview.
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._out = run(self._given)
+                finally:
+                    self._graph.capture_end()
+            current.wait_stream(beside)
+
+    def fits(self, given: Sequence[Tensor], reads: Sequence[Tensor]) -> bool:
+        """Whether the inputs are of the same kind and everything else lies where it lay."""
+        alike = all(_kind(own) == _kind(now) for own, now in zip(self._given, given, strict=True))
+        return (
+            alike
+            and len(reads) == len(self._reads)
+            and all(now is own and now.data_ptr() == at for now, (own, at) in zip(reads, self._reads, strict=True))
+        )
+
+    def play(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """What the walk gives for those inputs: tensors of the caller's own."""
+        for own, now in zip(self._given, given, strict=True):
+            own.copy_(now)
+        self._graph.replay()
+        return [tensor.clone() for tensor in self._out]
+
+
+def through(parts: list[Parts], streams: Any, each: Callable[[int, Parts, list[Tensor]], list[Tensor]]) -> list[Tensor]:
+    """The tokens after the last block. each: a block's tokens after it, from its index, its parts and those before."""
+    tensors = parts[0].tensors(streams)
+    for block, (before, now) in enumerate(itertools.pairwise([parts[0], *parts])):
+        if len(now.tracks) != len(tensors):
+            tensors = now.tensors(before.streams(tensors))
+        tensors = each(block, now, tensors)
+    return tensors
+
+
+def walked(call: Call, walk: Walk, run: Run) -> list[Tensor]:
+    """The walk's outcome: played where it is recorded, recorded where that is worth it, or run."""
+    first, given = call.rows[0].lane.inside, walk.given
+    assert first is not None
+    if not _may_record(call, walk) or first.walks == 0:
+        first.walks += 1  # its kernels are compiled the first time
+        return run(given)
+    reads = [*(walk.weights or ()), *(t for row in call.rows if row.lane.inside for t in row.lane.inside.tensors())]
+    if first.recorded is None or not first.recorded.fits(given, reads):
+        first.recorded = None
+        try:
+            first.recorded = Recorded(run, given, reads)
+        except Exception as error:  # layers that wait for the device or fetch their weights: kinds of torch's own
+            first.walks = NEVER
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            call.terms.report.note(f"evaluations in part could not be recorded and were launched one by one ({reason})")
+            return run(given)
+    return first.recorded.play(given)
+
+
+# So many walks as no run takes: nothing is recorded any more.
+NEVER = -(2**30)
+
+
+def _may_record(call: Call, walk: Walk) -> bool:
+    tokens, terms = call.plan.tokens, call.terms
+    on_host = tokens.memory == "host" or terms.cache.device == "cpu"
+    inside = call.rows[0].lane.inside
+    # A forecast's weights are numbers of their evaluation, which a recording would keep.
+    held = terms.predictor.window == 1
+    return (
+        walk.given[0].is_cuda
+        and walk.weights is not None
+        and tokens.record
+        and held
+        and not on_host
+        and inside is not None
+        and inside.walks >= 0
+    )
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
