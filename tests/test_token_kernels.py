@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 SCRIPT = """
 import os
 import torch
-from hasten.kernels import chosen_rows, gated_sum, received, rotation
+from hasten.kernels import chosen_rows, gated_forecast, gated_sum, received, rotation
 
 device = os.environ["ON"]
 dtypes = (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +47,12 @@ for dtype in dtypes:
     for second in ((None, None), (gate_b, b)):
         found = gated_sum.launch(gated_sum.triton_kernel(), x, gate, a, *second)
         torch.testing.assert_close(found, gated_sum._gated_sum._init_fn(x, gate, a, *second), **step)
+    weights = torch.tensor([1.5, -2.0, 0.5, 1.0], device=device)
+    for count in (1, 2, 3, 4):
+        for second in ((None, []), (gate_b, [b, x, a, b][:count])):
+            given = (x, weights, gate, [a, b, x, a][:count], *second)
+            found = gated_forecast.launch(gated_forecast.triton_kernel(), *given)
+            torch.testing.assert_close(found, gated_forecast.in_torch(*given), **step)
     for first in ((None, None), (gate, a)):
         found = chosen_rows.launch(chosen_rows.triton_kernel(), x, index, scale, shift, 1e-6, *first)
         expected = chosen_rows._chosen_rows._init_fn(x, index, scale, shift, 1e-6, *first)

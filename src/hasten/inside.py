@@ -68,17 +68,28 @@ class Remembered:
         # The newest is the base, so its own weight counts from 1.
         return weighted_sum(base, [*(k.read() for k, _ in terms), base], [*(w for _, w in terms), weights[-1] - 1.0])
 
+    def slots(self) -> tuple[int, ...]:
+        """Where each output lies, oldest first."""
+        return tuple(kept.slot for kept in self.output)
+
     def tensors(self) -> list[Tensor]:
-        """Every tensor that is kept here."""
-        return [t for k in (*self.attention, *self.output) for t in k.tensors()]
+        """Every tensor that is kept here, in an order that stays while newer ones take older ones' memory."""
+        return [t for k in (*by_slot(self.attention), *by_slot(self.output)) for t in k.tensors()]
+
+
+def by_slot(kept: Sequence[Kept]) -> list[Kept]:
+    """In the order of their memory, not of their age."""
+    return sorted(kept, key=lambda each: each.slot)
 
 
 def _put(kept: list[Kept], tensor: Tensor, *, window: int, memory: str, again: bool) -> None:
     """Keeps a copy as the newest, in the memory of the one that it replaces: addresses stay those of a recording."""
-    into = None
+    into, slot = None, len(kept)
     if kept and (again or len(kept) >= window):
         into = kept.pop(-1 if again else 0)
+        slot = into.slot
     kept.append(Kept.of(tensor, memory, into=into))
+    kept[-1].slot = slot
 
 
 @dataclass
@@ -97,7 +108,9 @@ class Group:
 class Inside:
     """One lane's tracks by block and stream, and the tokens chosen for the evaluation under way.
 
-    walks: through all blocks at once; recorded: one of them, as walk.py plays it again.
+    histories: what tracks remember, by sigmas and slots, each a row of `weights`, (histories, slots): what a forecast
+    takes of every slot in the evaluation under way. walks: through all blocks at once; recorded: one of them, as
+    walk.py plays it again.
     """
 
     tracks: dict[tuple[int, str], Remembered] = field(default_factory=dict)
@@ -105,8 +118,11 @@ class Inside:
     chosen: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     walks: int = 0
     recorded: Recorded | None = None
+    histories: dict[tuple[tuple[float, ...], tuple[int, ...]], int] = field(default_factory=dict)
+    weights: Tensor | None = None
     _scored: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     _chosen_for: int = -1
+    _weighed_for: int = -1
 
     def at(self, block: int, stream: str) -> Remembered:
         """The track, empty when new."""
@@ -151,6 +167,32 @@ class Inside:
             for group in self.groups.values():
                 group.scores.copy_(redraw(group.scores))
 
+    def weigh(self, predictor: Predictor, moment: Moment) -> None:
+        """Puts this evaluation's weights on the device, in the memory of those before where they are as many."""
+        if predictor.window == 1 or self._weighed_for == moment.index:
+            return
+        self._weighed_for, self.histories = moment.index, {}
+        rows: list[list[float]] = []
+        for track in self.tracks.values():
+            key = tuple(track.sigmas), track.slots()
+            if track.output and key not in self.histories:
+                self.histories[key] = len(rows)
+                weights = dict(zip(key[1], predictor.weights(track.sigmas, moment)[-len(key[1]) :], strict=True))
+                rows.append([weights.get(slot, 0.0) for slot in range(predictor.window)])
+                device = track.output[-1].device
+        if not rows:
+            return
+        now = torch.tensor(rows, dtype=torch.float32, device=device)
+        if self.weights is not None and self.weights.shape == now.shape:
+            self.weights.copy_(now)
+        else:
+            self.weights = now
+
+    def weights_of(self, track: Remembered) -> Tensor:
+        """The track's own, one for each slot."""
+        assert self.weights is not None
+        return self.weights[self.histories[tuple(track.sigmas), track.slots()]]
+
     def pick(self, *, staleness: float, every: int) -> None:
         """The tokens with the highest scores, and the ages after it. Nothing waits for the device."""
         self.chosen = {}
@@ -167,4 +209,5 @@ class Inside:
         """Every tensor that is kept here."""
         kept = [t for track in self.tracks.values() for t in track.tensors()]
         kept += [t for group in self.groups.values() for t in (group.scores, group.ages, group.limit)]
+        kept += [] if self.weights is None else [self.weights]
         return [*kept, *self._scored.values()]

@@ -22,7 +22,10 @@ BYTES = {"bf16": 2, "fp8": 1}
 
 @dataclass
 class Kept:
-    """One module's output, (B, N, C), kept as `memory` has it; dtype and device are those it is given back in."""
+    """One module's output, (B, N, C), kept as `memory` has it; dtype and device are those it is given back in.
+
+    slot: its place among the outputs of one module, which stays while newer ones take the memory of older ones.
+    """
 
     memory: str
     dtype: torch.dtype
@@ -30,6 +33,7 @@ class Kept:
     data: Tensor
     scale: Tensor | None = None
     ready: torch.cuda.Event | None = None
+    slot: int = 0
 
     @classmethod
     def of(cls, tensor: Tensor, memory: str, *, into: Kept | None = None) -> Kept:

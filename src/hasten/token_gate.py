@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from hasten.call import Call
-from hasten.inside import Inside, Redraw, Remembered
+from hasten.inside import Inside, Redraw, Remembered, by_slot
 from hasten.kept import bytes_of
 from hasten.kernels.chosen_rows import chosen_rows
+from hasten.kernels.gated_forecast import TERMS, gated_forecast
 from hasten.kernels.gated_sum import gated_sum
 from hasten.lane import Row
 from hasten.parts import Modulation, Parts, Track
@@ -150,6 +151,7 @@ class TokenGate:
         for row in call.rows:
             assert row.lane.inside is not None
             row.lane.inside.arrange(call.plan.ratios, redrawing(call))
+            row.lane.inside.weigh(call.terms.predictor, call.ongoing.moment)
 
         def run(given: Sequence[Tensor]) -> list[Tensor]:
             for row in call.rows:
@@ -171,6 +173,7 @@ class TokenGate:
         tokens = call.plan.tokens
         for row in call.rows:
             assert row.lane.inside is not None
+            row.lane.inside.weigh(call.terms.predictor, call.ongoing.moment)
             row.lane.inside.choose(
                 call.ongoing.moment,
                 call.plan.ratios,
@@ -208,6 +211,12 @@ def _track(call: Call, row: Row, block: int, track: Track, x: Tensor, m: Modulat
     assert inside is not None
     known: Remembered = inside.at(block, track.stream)
     index = inside.chosen.get((block, track.stream))
+    if index is None and 1 < len(known.output) <= TERMS:
+        terms, weights = [kept.read() for kept in by_slot(known.output)], inside.weights_of(known)
+        if m.attention is None:
+            return gated_forecast(x, weights, m.gate, terms, None, ())
+        first = [kept.read() for kept in by_slot(known.attention)]
+        return gated_forecast(x, weights, m.attention, first, m.gate, terms)
     attention = known.forecast(known.attention, predictor, moment) if m.attention is not None else None
     if index is None:
         output = known.forecast(known.output, predictor, moment)

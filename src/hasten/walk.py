@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hasten.call import Call
+from hasten.kernels.gated_forecast import TERMS
 from hasten.parts import Parts
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -114,8 +115,9 @@ def _may_record(call: Call, walk: Walk) -> bool:
     tokens, terms = call.plan.tokens, call.terms
     on_host = tokens.memory == "host" or terms.cache.device == "cpu"
     inside = call.rows[0].lane.inside
-    # A forecast's weights are numbers of their evaluation, which a recording would keep.
-    held = terms.predictor.window == 1
+    # Weights that are numbers would be recorded as they are; those of one history common to all lie in a tensor.
+    alike = all(row.lane.inside is not None and len(row.lane.inside.histories) == 1 for row in call.rows)
+    held = terms.predictor.window == 1 or (terms.predictor.window <= TERMS and not call.plan.refreshes and alike)
     return (
         walk.given[0].is_cuda
         and walk.weights is not None

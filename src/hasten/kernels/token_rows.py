@@ -27,6 +27,44 @@ def sum_gated(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def sum_forecasts(  # type: ignore[no-untyped-def]
+    out, x, weights, gate, a0, a1, a2, a3, gate_b, b0, b1, b2, b3, tokens, width,
+    COUNT: tl.constexpr, BOTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    sample = row // tokens
+    here = row * width + at
+    w0 = tl.load(weights)
+    a = w0 * tl.load(a0 + here, mask=inside).to(tl.float32)
+    if COUNT > 1:
+        w1 = tl.load(weights + 1)
+        a += w1 * tl.load(a1 + here, mask=inside).to(tl.float32)
+    if COUNT > 2:
+        w2 = tl.load(weights + 2)
+        a += w2 * tl.load(a2 + here, mask=inside).to(tl.float32)
+    if COUNT > 3:
+        w3 = tl.load(weights + 3)
+        a += w3 * tl.load(a3 + here, mask=inside).to(tl.float32)
+    total = tl.load(x + here, mask=inside).to(tl.float32)
+    total += tl.load(gate + sample * width + at, mask=inside).to(tl.float32) * a
+    if BOTH:
+        b = w0 * tl.load(b0 + here, mask=inside).to(tl.float32)
+        if COUNT > 1:
+            b += w1 * tl.load(b1 + here, mask=inside).to(tl.float32)
+        if COUNT > 2:
+            b += w2 * tl.load(b2 + here, mask=inside).to(tl.float32)
+        if COUNT > 3:
+            b += w3 * tl.load(b3 + here, mask=inside).to(tl.float32)
+        total += tl.load(gate_b + sample * width + at, mask=inside).to(tl.float32) * b
+    if HALF:
+        total = tl.where(total > 65504.0, 65504.0, total)
+        total = tl.where(total < -65504.0, -65504.0, total)
+    tl.store(out + here, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def norm_rows(  # type: ignore[no-untyped-def]
     out, x, index, gate, a, scale, shift, chosen, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
