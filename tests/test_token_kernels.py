@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 SCRIPT = """
 import os
 import torch
-from hasten.kernels import chosen_rows, gated_forecast, gated_sum, received, rotation
+from hasten.kernels import chosen_rows, eight_rows, gated_forecast, gated_sum, received, rotation
 
 device = os.environ["ON"]
 dtypes = (torch.float32, torch.float16) if device == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
@@ -57,6 +57,20 @@ for dtype in dtypes:
         found = chosen_rows.launch(chosen_rows.triton_kernel(), x, index, scale, shift, 1e-6, *first)
         expected = chosen_rows._chosen_rows._init_fn(x, index, scale, shift, 1e-6, *first)
         torch.testing.assert_close(found, expected, **step)
+    for some in (None, torch.tensor([7, 0, 3], device=device)):
+        rows = noise(9 if some is None else 3, 1100, seed=13, dtype=dtype) * 50
+        packed = [
+            (torch.zeros(9, 1100, device=device).to(torch.float8_e4m3fn), torch.ones(9, 1, device=device)) for _ in "ab"
+        ]
+        eight_rows.launch_pack(eight_rows.triton_kernels(), rows, *packed[0], some)
+        eight_rows.pack_in_torch(rows, *packed[1], some)
+        found = torch.empty(len(rows), 1100, dtype=dtype, device=device)
+        eight_rows.launch_unpack(eight_rows.triton_kernels(), *packed[0], some, found)
+        expected = eight_rows.unpack_in_torch(*packed[1], dtype, some)
+        torch.testing.assert_close(packed[0][1], packed[1][1])
+        # One step of float8's digits; the interpreter loses a carry where rounding reaches the next power of two.
+        close = torch.isclose(found, expected, rtol=2**-3, atol=0.5).float().mean().item()
+        assert close >= (0.97 if device == "cpu" else 1.0), close
 high = torch.tensor([[[6e4, -6e4]]]).to(device, torch.float16)
 found = gated_sum.launch(gated_sum.triton_kernel(), high, torch.ones_like(high), high, None, None)
 assert found.tolist() == [[[65504.0, -65504.0]]]

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hasten.kernels.eight_rows import FP8, pack, unpack
 from hasten.lane import moved_to_cpu
-
-FP8 = torch.float8_e4m3fn
-LARGEST_FP8 = torch.finfo(FP8).max
 
 # Bytes of one number, where that is not the model's own.
 BYTES = {"bf16": 2, "fp8": 1}
@@ -42,7 +40,9 @@ class Kept:
         if into is not None and into._refill(tensor, memory):
             return into
         if memory == "fp8":
-            data, scale = in_fp8(tensor)
+            data = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
+            scale = torch.empty((*tensor.shape[:-1], 1), dtype=torch.float32, device=tensor.device)
+            pack(tensor, _flat(data), _flat(scale))
             return cls(memory, tensor.dtype, tensor.device, data, scale)
         if memory == "host":
             data, event = moved_to_cpu(tensor)
@@ -58,16 +58,14 @@ class Kept:
             return False
         if self.scale is None:
             self.data.copy_(tensor)
-            return True
-        data, scale = in_fp8(tensor)
-        _bits(self.data).copy_(_bits(data))
-        self.scale.copy_(scale)
+        else:
+            pack(tensor, _flat(self.data), _flat(self.scale))
         return True
 
     def read(self) -> Tensor:
         """All of it, in the model's dtype, on its device; not to be written to."""
         if self.scale is not None:
-            return (self.data.to(torch.float32) * self.scale).to(self.dtype)
+            return unpack(_flat(self.data), _flat(self.scale), self.dtype).view(self.data.shape)
         if self.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready)
         return self.data.to(self.device, self.dtype, non_blocking=True)
@@ -76,10 +74,9 @@ class Kept:
         """Those rows of it, flattened to (B * N, C): (k, C)."""
         if self.memory == "host":
             return _flat(self.read()).index_select(0, index)
-        some = _flat(_bits(self.data)).index_select(0, index)
         if self.scale is not None:
-            some = some.view(FP8).to(torch.float32) * _flat(self.scale).index_select(0, index)
-        return some.to(self.dtype)
+            return unpack(_flat(self.data), _flat(self.scale), self.dtype, index)
+        return _flat(self.data).index_select(0, index).to(self.dtype)
 
     def refreshed(self, index: Tensor, rows: Tensor) -> Tensor:
         """All of it with those rows replaced, for now and for later."""
@@ -92,9 +89,7 @@ class Kept:
             self.data, self.ready = moved_to_cpu(whole)
             return whole
         if self.scale is not None:
-            data, scale = in_fp8(rows)
-            _flat(_bits(self.data)).index_copy_(0, index, _bits(data))
-            _flat(self.scale).index_copy_(0, index, scale)
+            pack(rows, _flat(self.data), _flat(self.scale), index)
         else:
             _flat(self.data).index_copy_(0, index, rows.to(self.data.dtype))
         return self.read()
@@ -104,13 +99,6 @@ class Kept:
         return [self.data] if self.scale is None else [self.data, self.scale]
 
 
-def in_fp8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3 numbers and one float32 scale for each last axis: (..., C) and (..., 1)."""
-    largest = tensor.abs().amax(-1, keepdim=True).to(torch.float32)
-    scale = (largest / LARGEST_FP8).clamp_min(1e-12)
-    return (tensor.to(torch.float32) / scale).clamp_(-LARGEST_FP8, LARGEST_FP8).to(FP8).contiguous(), scale
-
-
 def bytes_of(memory: str, element: int) -> int:
     """Bytes of one kept number, for a model whose numbers take `element` bytes."""
     return BYTES.get(memory, element)
@@ -118,8 +106,3 @@ def bytes_of(memory: str, element: int) -> int:
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.view(-1, tensor.shape[-1])
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # Neither indexing nor copying by index is made for float8.
-    return tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor

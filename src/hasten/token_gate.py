@@ -137,21 +137,21 @@ class TokenGate:
         """The tokens after the last block, where all of them can be walked through from here."""
         if walk is None:
             return None
-        parts, tokens = walk.parts(walk.given), call.plan.tokens
-        streams = walk.streams(walk.given)
-        fitting: list[bool] = []
-
-        def look(block: int, part: Parts, tensors: list[Tensor]) -> list[Tensor]:
-            fitting.append(block in call.plan.skip or fits(call, block, part, tensors))
-            return tensors
-
-        through(parts, streams, look)
-        if not all(fitting):
-            return None
+        tokens = call.plan.tokens
         for row in call.rows:
             assert row.lane.inside is not None
             row.lane.inside.arrange(call.plan.ratios, redrawing(call))
             row.lane.inside.weigh(call.terms.predictor, call.ongoing.moment)
+
+        def fitting() -> bool:
+            found = []
+
+            def look(block: int, part: Parts, tensors: list[Tensor]) -> list[Tensor]:
+                found.append(block in call.plan.skip or fits(call, block, part, tensors))
+                return tensors
+
+            through(walk.parts(walk.given), walk.streams(walk.given), look)
+            return all(found)
 
         def run(given: Sequence[Tensor]) -> list[Tensor]:
             for row in call.rows:
@@ -163,7 +163,7 @@ class TokenGate:
                 lambda block, part, x: x if block in call.plan.skip else refreshed(call, block, part, x),
             )
 
-        return walked(call, walk, run)
+        return walked(call, walk, fitting, run)
 
     def _in_part(self, call: Call, parts: Parts, tensors: list[Tensor]) -> list[Tensor] | None:
         """Each track's tokens after the block, or None where what is remembered is of other tokens."""

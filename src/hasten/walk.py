@@ -87,24 +87,36 @@ def through(parts: list[Parts], streams: Any, each: Callable[[int, Parts, list[T
     return tensors
 
 
-def walked(call: Call, walk: Walk, run: Run) -> list[Tensor]:
-    """The walk's outcome: played where it is recorded, recorded where that is worth it, or run."""
+def walked(call: Call, walk: Walk, fits: Callable[[], bool], run: Run) -> list[Tensor] | None:
+    """The walk's outcome: played where it is recorded, recorded where that is worth it, or run.
+
+    fits: whether what is remembered stands for these very tokens; None is given out where it does not.
+    """
     first, given = call.rows[0].lane.inside, walk.given
     assert first is not None
-    if not _may_record(call, walk) or first.walks == 0:
-        first.walks += 1  # its kernels are compiled the first time
+    may = _may_record(call, walk)
+    reads = _reads(call, walk) if may and first.walks else []
+    if first.recorded is not None and reads and first.recorded.fits(given, reads):
+        return first.recorded.play(given)
+    first.recorded = None
+    if not fits():
+        return None
+    first.walks += 1
+    if not reads:
+        return run(given)  # its kernels are compiled the first time
+    try:
+        first.recorded = Recorded(run, given, reads)
+    except Exception as error:  # layers that wait for the device or fetch their weights: kinds of torch's own
+        first.walks = NEVER
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        call.terms.report.note(f"evaluations in part could not be recorded and were launched one by one ({reason})")
         return run(given)
-    reads = [*(walk.weights or ()), *(t for row in call.rows if row.lane.inside for t in row.lane.inside.tensors())]
-    if first.recorded is None or not first.recorded.fits(given, reads):
-        first.recorded = None
-        try:
-            first.recorded = Recorded(run, given, reads)
-        except Exception as error:  # layers that wait for the device or fetch their weights: kinds of torch's own
-            first.walks = NEVER
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            call.terms.report.note(f"evaluations in part could not be recorded and were launched one by one ({reason})")
-            return run(given)
     return first.recorded.play(given)
+
+
+def _reads(call: Call, walk: Walk) -> list[Tensor]:
+    """Every tensor whose address a recording takes."""
+    return [*(walk.weights or ()), *(t for row in call.rows if row.lane.inside for t in row.lane.inside.tensors())]
 
 
 # So many walks as no run takes: nothing is recorded any more.

@@ -169,7 +169,7 @@ class FluxParts:
 class FluxWalk:
     """All blocks of one call, for a partial evaluation with nothing between them."""
 
-    def __init__(self, blocks: list[Any], streams: FluxStreams, weights: list[Tensor] | None) -> None:
+    def __init__(self, blocks: Sequence[Any], streams: FluxStreams, weights: list[Tensor] | None) -> None:
         self._blocks, self.weights = blocks, weights
         self.given = (streams.image, streams.text, streams.temb)
 
@@ -227,7 +227,7 @@ class Insides:
         self._plainly = False
         self._between = False
         self._weights: list[Tensor] | None = None
-        self._looked = False
+        self._blocks: list[Any] = []
 
     def listen(self) -> None:
         """Taps what is looked at; again at each run, for a LoRA may have put other modules in place."""
@@ -241,7 +241,7 @@ class Insides:
     def end(self) -> None:
         """A run is over."""
         self._grid = self._weights = None
-        self._looked = False
+        self._blocks = []
 
     def begin(self, call: Call, given: Mapping[str, Any]) -> None:
         """Before the model's call: what stands in the way is its excuse, and the image's grid is found."""
@@ -257,13 +257,13 @@ class Insides:
 
     def walk(self, streams: FluxStreams) -> FluxWalk | None:
         """All blocks at once, where the model adds nothing between them."""
-        transformer = self._transformer
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         if self._between:
             return None
-        if not self._looked:
-            self._weights, self._looked = staying(blocks, streams.image.device), True
-        return FluxWalk([getattr(block, "_orig_mod", block) for block in blocks], streams, self._weights)
+        if not self._blocks:
+            found = (*self._transformer.transformer_blocks, *self._transformer.single_transformer_blocks)
+            self._blocks = [getattr(block, "_orig_mod", block) for block in found]
+            self._weights = staying(self._blocks, streams.image.device)
+        return FluxWalk(self._blocks, streams, self._weights)
 
     def gated_block(self, slot: Called, gate: Gate, calling: Callable[[], Call | None]) -> Callable[..., Any]:
         """What takes the place of a block's call. calling: the model's call under way."""

@@ -91,18 +91,22 @@ def rotate_pairs(  # type: ignore[no-untyped-def]
     out, x, cos, sin, rows, tokens, angles, heads,
     BY_TOKEN: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # A row's number fits 32 bits, where divisions are cheap; only its address may not.
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pair = tl.arange(0, PADDED)
-    inside = (row < rows)[:, None] & (pair < HALF)[None, :]
-    even_at = row[:, None] * (2 * HALF) + 2 * pair[None, :]
-    even = tl.load(x + even_at, mask=inside, other=0.0).to(tl.float32)
-    odd = tl.load(x + even_at + 1, mask=inside, other=0.0).to(tl.float32)
+    both = tl.arange(0, 2 * PADDED)
+    inside = (row < rows)[:, None] & (both < 2 * HALF)[None, :]
+    here = row.to(tl.int64)[:, None] * (2 * HALF) + both[None, :]
+    # Neighbours are loaded side by side, then parted: every second number would be half of each transfer.
+    values = tl.load(x + here, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (ROWS, PADDED, 2)))
     # Rows are (batch, head, token), or (batch, token, head) BY_TOKEN; angles are (batch or 1, token): `angles` is the
     # first of those two.
     batch = row // (tokens * heads)
     token = (row // heads) % tokens if BY_TOKEN else row % tokens
     angle_at = ((batch % angles) * tokens + token)[:, None] * HALF + pair[None, :]
-    c = tl.load(cos + angle_at, mask=inside, other=0.0)
-    s = tl.load(sin + angle_at, mask=inside, other=0.0)
-    tl.store(out + even_at, (even * c - odd * s).to(out.dtype.element_ty), mask=inside)
-    tl.store(out + even_at + 1, (odd * c + even * s).to(out.dtype.element_ty), mask=inside)
+    known = (row < rows)[:, None] & (pair < HALF)[None, :]
+    c = tl.load(cos + angle_at, mask=known, other=0.0)
+    s = tl.load(sin + angle_at, mask=known, other=0.0)
+    turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (ROWS, 2 * PADDED))
+    tl.store(out + here, turned.to(out.dtype.element_ty), mask=inside)
