@@ -240,7 +240,7 @@ def measure_time(studio: Studio, methods: Sequence[Method], *, prompts: int) -> 
             with method.on(studio.pipe) as run:
                 walls[i].append(_seconds(studio, prompt, method.steps))
                 report = getattr(run, "report", None)
-            caches[i] = caches[i] if report is None or not report.reused else report.cache_mib
+            caches[i] = caches[i] if report is None or not (report.reused or report.partial) else report.cache_mib
     return [
         Timing(statistics.median(wall), statistics.median(baseline), cache)
         for wall, cache in zip(walls, caches, strict=True)

@@ -1,10 +1,11 @@
 """What a full and a partial evaluation cost under token caching, on a FLUX.1-dev-size transformer with random weights.
 
     python benchmarks/toca_step.py                # one GPU, 1024x1024, bfloat16, eager; about a minute
+    python benchmarks/toca_step.py --table        # only writes NOTES.md's table from the committed file
     python benchmarks/toca_step.py --tiny --device cpu --size 64x64
 
-Checks the kernels against torch first, then times with CUDA events: stock, full evaluations and partial ones in turn,
-medians. Rewrites results/toca_step.csv (not with --tiny) and prints its table last.
+Checks the kernels against torch and recordings against launches first, then times with CUDA events: stock, full
+evaluations and partial ones in turn, medians. Rewrites results/toca_step.csv and NOTES.md's table (not with --tiny).
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from flux_dev_step import make_inputs, make_model  # noqa: E402
 import hasten  # noqa: E402
 from hasten.kernels import chosen_rows, gated_sum, received, rotation  # noqa: E402
 
-COLUMNS = ("size", "recipe", "full_ms", "over_stock", "partial_ms", "share_of_full", "cache_gib", "stock_ms")
+RESULTS = ROOT / "benchmarks" / "results" / "toca_step.csv"
+COLUMNS = (
+    "device", "size", "recipe", "full_ms", "over_stock", "partial_ms", "share_of_stock", "cache_gib", "more_gib",
+    "stock_ms",
+)  # fmt: skip
 RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "toca attention": ("toca", {}, {}),
     "modules hold": ("modules", {}, {}),
@@ -52,7 +57,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="recipes whose name contains this")
     parser.add_argument("--profile", type=Path, help="first writes there where the first recipe's time goes")
     parser.add_argument("--tiny", action="store_true", help="a few blocks of small width, to try the script out")
+    parser.add_argument("--table", action="store_true", help="only writes NOTES.md's table from the committed file")
     given = parser.parse_args()
+    if given.table:
+        table()
+        return
     begun = time.perf_counter()
     torch.set_grad_enabled(False)
     if given.device.startswith("cuda"):
@@ -71,37 +80,67 @@ def main() -> None:
         if given.only not in name or time.perf_counter() - begun > given.budget:
             continue
         recipe = {"schema": 1, "cache": {"method": method, "every": 2, **cache}, "tokens": tokens}
-        full, partial, gib, reference = measure(model, inputs, recipe, given.repeats)
+        full, partial, gib, more, reference = measure(model, inputs, recipe, given.repeats)
         shown = (f"{full:.2f}", f"{full / reference - 1:+.3f}", f"{partial:.2f}", f"{partial / reference:.3f}")
-        rows.append((given.size, name, *shown, f"{gib:.2f}", f"{reference:.2f}"))
-        print("  ".join(rows[-1]), flush=True)
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        rows.append((where, given.size, name, *shown, f"{gib:.2f}", f"{more:.2f}", f"{reference:.2f}"))
+        print("  ".join(rows[-1][2:]), flush=True)
         if not given.tiny:
-            write(rows, ROOT / "benchmarks" / "results" / "toca_step.csv")
+            write(rows, RESULTS)
     print(f"\n{'recipe':28} full ms (over stock)  partial ms (of stock)  GiB   [{time.perf_counter() - begun:.0f} s]")
-    for _, name, full, over, partial, share, gib, _ in rows:
-        print(f"{name:28} {full:>8} ({over})      {partial:>8} ({share})   {gib:>8}")
+    for _, _, name, full, over, partial, share, gib, more, _ in rows:
+        print(f"{name:28} {full:>8} ({over})      {partial:>8} ({share})   {gib:>8} {more:>6}")
+    if not given.tiny:
+        table()
+
+
+def table() -> None:
+    """NOTES.md's table, as the file has it."""
+    from tables import rewrite
+
+    header = ("recipe", "full, ms", "over stock", "in part, ms", "of stock", "kept, GiB", "more reserved, GiB")
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = [[row[c] for c in COLUMNS[2:9]] for row in csv.DictReader(file)]
+    rewrite("toca_step", header, rows, ROOT / "benchmarks" / "NOTES.md")
 
 
 def measure(
     model: Any, inputs: dict[str, Any], recipe: dict[str, Any], repeats: int
-) -> tuple[float, float, float, float]:
-    """Milliseconds of a full and of a partial evaluation, the cache's GiB, and stock's milliseconds beside them."""
+) -> tuple[float, float, float, float, float]:
+    """Milliseconds of a full and of a partial evaluation, GiB of the cache and of all that torch reserved more than for
+    stock, and stock's milliseconds beside them."""
+    before = reserved(lambda: model(**inputs))
     handle = hasten.apply(model, recipe)
     steps = 2 * repeats + 8
     sigmas = [1.0 - i / steps for i in range(steps + 1)]
     found: dict[str, list[float]] = {"compute": [], "partial": [], "stock": []}
     with handle.run(sigmas):
+        reserved(lambda: None)
         for sigma in sigmas[: 3 + 2 * repeats]:
             timestep = torch.full_like(inputs["timestep"], sigma)
             elapsed = timed(lambda timestep=timestep: model(**{**inputs, "timestep": timestep}))
             found[handle.reports[-1].evaluations[-1].decision].append(elapsed)
+        more = (torch.cuda.max_memory_reserved() / 2**30 - before) if torch.cuda.is_available() else 0.0
     report = handle.reports[-1]
     handle.remove()
     # Beside it and not before all: the clock of a GPU under load moves.
     found["stock"] = [timed(lambda: model(**inputs)) for _ in range(repeats)]
     first = {"compute": 2, "partial": 2, "stock": 0}  # the first of a kind compile or record what stays
     full, partial, stock = (statistics.median(found[kind][first[kind] :]) for kind in ("compute", "partial", "stock"))
-    return full, partial, report.cache_mib / 1024, stock
+    return full, partial, report.cache_mib / 1024, more, stock
+
+
+def reserved(run: Callable[[], Any]) -> float:
+    """GiB that torch's allocator held at most while that ran, after giving back what it held before."""
+    if not torch.cuda.is_available():
+        run()
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_reserved() / 2**30
 
 
 def profile(model: Any, inputs: dict[str, Any], file: Path) -> None:

@@ -103,7 +103,7 @@ def walked(call: Call, walk: Walk, fits: Callable[[], bool], run: Run) -> list[T
         return None
     first.walks += 1
     if not reads:
-        return run(given)  # its kernels are compiled the first time
+        return run(given)  # its kernels are compiled the first time; without weights there is nothing to record
     try:
         first.recorded = Recorded(run, given, reads)
     except Exception as error:  # layers that wait for the device or fetch their weights: kinds of torch's own
@@ -119,8 +119,10 @@ def _reads(call: Call, walk: Walk) -> list[Tensor]:
     return [*(walk.weights or ()), *(t for row in call.rows if row.lane.inside for t in row.lane.inside.tensors())]
 
 
+# Recordings that one lane of a run makes at most: a host that parts its calls anew each time would only record.
+MOST = 8
 # So many walks as no run takes: nothing is recorded any more.
-NEVER = -(2**30)
+NEVER = MOST + 1
 
 
 def _may_record(call: Call, walk: Walk) -> bool:
@@ -137,7 +139,7 @@ def _may_record(call: Call, walk: Walk) -> bool:
         and held
         and not on_host
         and inside is not None
-        and inside.walks >= 0
+        and inside.walks <= MOST
     )
 
 
