@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from flux_dev_step import make_inputs, make_model  # noqa: E402
 
 import hasten  # noqa: E402
-from hasten.kernels import chosen_rows, gated_sum, received, rotation  # noqa: E402
+from hasten.kernels import chosen_rows, eight_rows, gated_forecast, gated_sum, received, rotation  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "toca_step.csv"
 COLUMNS = (
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--budget", type=float, default=75.0, help="seconds after which no further recipe is begun")
     parser.add_argument("--only", default="", help="recipes whose name contains this")
+    parser.add_argument("--check", action="store_true", help="only checks")
     parser.add_argument("--profile", type=Path, help="first writes there where the first recipe's time goes")
     parser.add_argument("--tiny", action="store_true", help="a few blocks of small width, to try the script out")
     parser.add_argument("--table", action="store_true", help="only writes NOTES.md's table from the committed file")
@@ -67,7 +68,11 @@ def main() -> None:
     if given.device.startswith("cuda"):
         check_kernels()
         check_recording()
+        with torch.inference_mode():  # as ComfyUI samples
+            check_recording()
         print(f"kernels do as torch does, after {time.perf_counter() - begun:.0f} s", flush=True)
+    if given.check:
+        return
     model = make_model(given.device, tiny=given.tiny)
     inputs = make_inputs(model, *map(int, given.size.split("x")))
     stock = statistics.median(timed(lambda: model(**inputs)) for _ in range(given.repeats + 2))
@@ -211,6 +216,18 @@ def check_kernels() -> None:
     x, a, b = noise(1, 4608, 3072), noise(1, 4608, 3072), noise(1, 4608, 3072)
     gate, gate_b, scale, shift = (noise(1, 1, 3072) for _ in range(4))
     index = torch.randperm(4608, device="cuda")[:600]
+    by_token = k.transpose(1, 2).contiguous().transpose(1, 2)
+    found = rotation.launch(rotation.triton_kernel(), by_token, angle.cos(), angle.sin())
+    torch.testing.assert_close(found, rotation._rotated._init_fn(k, angle.cos(), angle.sin()), rtol=2**-7, atol=2e-2)
+    weights = torch.tensor([0.5, -1.5, 2.0], device="cuda")
+    given = (x, weights, gate, [a, b, x], gate_b, [b, x, a])
+    found = gated_forecast.launch(gated_forecast.triton_kernel(), *given)
+    torch.testing.assert_close(found, gated_forecast.in_torch(*given), rtol=2**-6, atol=0.1)
+    data = torch.zeros(4608, 3072, device="cuda").to(torch.float8_e4m3fn)
+    scale = torch.ones(4608, 1, device="cuda")
+    eight_rows.launch_pack(eight_rows.triton_kernels(), x[0], data, scale, None)
+    found = eight_rows.unpack(data, scale, x.dtype, index)
+    torch.testing.assert_close(found, x[0, index], rtol=2**-3, atol=0.05)
     found = gated_sum.launch(gated_sum.triton_kernel(), x, gate, a, gate_b, b)
     torch.testing.assert_close(found, gated_sum._gated_sum._init_fn(x, gate, a, gate_b, b), rtol=2**-6, atol=0.1)
     found = chosen_rows.launch(chosen_rows.triton_kernel(), x, index, scale, shift, 1e-6, gate, a)
@@ -223,10 +240,18 @@ def check_recording() -> None:
     model = make_model("cuda", tiny=True)
     inputs = make_inputs(model, 256, 256)
     sigmas = [1.0 - i / 14 for i in range(15)]
-    for method, tokens in (("toca", {}), ("toca", {"memory": "fp8", "score": "random"}), ("duca", {}), ("modules", {})):
+    for method, cache, tokens in (
+        ("toca", {}, {}),
+        ("toca", {}, {"memory": "fp8", "score": "random"}),
+        ("duca", {}, {"memory": "bf16"}),
+        ("modules", {}, {}),
+        ("modules", {"predictor": "taylor", "order": 2}, {}),
+        ("modules", {"predictor": "taylor"}, {"memory": "fp8"}),
+    ):
         outputs = []
         for record in (True, False):
-            recipe = {"schema": 1, "cache": {"method": method, "every": 4}, "tokens": {**tokens, "record": record}}
+            cache = {"method": method, "every": 4, **cache}
+            recipe = {"schema": 1, "cache": cache, "tokens": {**tokens, "record": record}}
             handle = hasten.apply(model, recipe)
             with handle.run(sigmas):
                 of = [model(**{**inputs, "timestep": torch.full_like(inputs["timestep"], s)})[0] for s in sigmas[:-1]]
@@ -235,7 +260,8 @@ def check_recording() -> None:
                 print(f"{method}, record {record}: {handle.report.notes}", flush=True)
             handle.remove()
         furthest = (outputs[0] - outputs[1]).abs().max().item()
-        print(f"{method} {tokens}: played against launched, largest difference {furthest:.3g}", flush=True)
+        how = " ".join(map(str, (*cache.values(), *tokens.values())))
+        print(f"{how}: played against launched, largest difference {furthest:.3g}", flush=True)
 
 
 def write(rows: list[tuple[str, ...]], file: Path) -> None:

@@ -134,6 +134,8 @@ def _may_record(call: Call, walk: Walk) -> bool:
     held = terms.predictor.window == 1 or (terms.predictor.window <= TERMS and not call.plan.refreshes and alike)
     return (
         walk.given[0].is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.cuda.is_current_stream_capturing()
         and walk.weights is not None
         and tokens.record
         and held
