@@ -16,6 +16,7 @@ import csv
 import gc
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "flux_dev_step.csv")
     parser.add_argument("--profile", action="store_true", help="prints where each stack's time goes at the first size")
+    parser.add_argument("--reused", action="store_true", help="a reused step too, at the first size")
     parser.add_argument("--table", action="store_true", help="only writes the README's table from the committed file")
     args = parser.parse_args()
     if args.table:
@@ -75,6 +77,20 @@ def main() -> None:
             if os.environ.get("TRACE"):
                 raise
         free()
+    if args.reused:
+        from reused_step import rows as reused
+
+        cudnn(model)
+        for name, ms in reused(model, inputs[sizes[0]], ours()):
+            rows.append(
+                {c: "" for c in COLUMNS} | {"stack": name, "size": size_name(sizes[0]), "ms_per_step": round(ms, 2)}
+            )
+            print(f"{name}  {ms:.2f}", flush=True)
+            write(rows, args.out)
+
+
+def size_name(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
 
 
 def make_model(device: str, *, tiny: bool) -> Any:
@@ -163,7 +179,7 @@ def measure(
             times = timed(lambda given=given: own(**given), args)
             yield {
                 "stack": name,
-                "size": f"{size[0]}x{size[1]}",
+                "size": size_name(size),
                 "ms_per_step": round(times, 2),
                 "first_call_s": round(first, 2),
                 "graphs": graphs(),
@@ -197,17 +213,37 @@ def timed(call: Callable[[], Any], args: argparse.Namespace) -> float:
 
 
 def profile(call: Callable[[], Any]) -> None:
-    """The kernels that took longest in one call."""
+    """Where the time of a few calls in a row goes: kernels, what lies between them, and the clock that they ran at."""
     from torch.profiler import ProfilerActivity
 
+    calls = 6
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
     kernels = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in kernels)
-    print(f"  {total / 1000:.1f} ms in kernels")
-    for e in kernels[:16]:
-        print(f"  {e.self_device_time_total / 1000:7.2f} ms {e.count:4d} x  {e.key[:100]}")
+    total = sum(e.self_device_time_total for e in kernels) / calls / 1000
+    spans = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    whole = (max(s.end for s in spans) - min(s.start for s in spans)) / calls / 1000 if spans else 0.0
+    print(f"  {whole:.1f} ms a call from the first kernel to the last, {total:.1f} ms in kernels; {clocks(call)}")
+    for e in kernels[:12]:
+        print(f"  {e.self_device_time_total / calls / 1000:7.2f} ms {e.count // calls:4d} x  {e.key[:100]}")
+
+
+def clocks(call: Callable[[], Any]) -> str:
+    """The GPU's clock, power and reasons for slowing down while calls follow one another for two seconds."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.draw,power.limit,clocks_throttle_reasons.active"]
+    try:
+        watch = subprocess.Popen([*query, "--format=csv,noheader", "-lms", "100"], stdout=subprocess.PIPE, text=True)
+    except OSError:
+        return "no nvidia-smi"
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < 2.0:
+        call()
+        torch.cuda.synchronize()
+    watch.terminate()
+    lines = watch.communicate()[0].strip().splitlines()
+    return "clock, its maximum, power, its limit, reasons: " + (lines[len(lines) * 3 // 4] if lines else "unknown")
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -297,20 +333,39 @@ def torchao_fp8(model: Any) -> Callable[[], int]:
     return unique_graphs()
 
 
-def ours(bits: str | None = None, *, compiled: bool = True, fuse: bool = True) -> Callable[[Any], Callable[[], int]]:
-    """Our stack: fused passes, 16 bits or fp8, regional compile."""
+def ours(
+    bits: str | None = None,
+    *,
+    compiled: bool = True,
+    fuse: bool = True,
+    graph: str = "auto",
+    attention: str = "",
+) -> Callable[[Any], Callable[[], int]]:
+    """Our stack: fused passes, 16 bits or fp8, regional compile, launches replayed."""
 
     def stack(model: Any) -> Callable[[], int]:
         from hasten.hosts.diffusers_stack import Stack
         from hasten.sections import Compile, Quantize
 
         cudnn(model)
-        how = Compile(blocks=compiled, fuse="always" if fuse else "never")
+        how = Compile(blocks=compiled, fuse="always" if fuse else "never", cuda_graph=graph)
         wanted = bits if bits is None or model.device.type == "cuda" else "int8"  # a CPU, to try it out, has no fp8
         done = Stack(model, how, Quantize(format=wanted or "none", keep=False))
-        for note in done.notes:
-            print(note)
-        return lambda: done.graphs
+        if attention:
+            from hasten.hosts.diffusers_attention import HungAttention
+            from hasten.hosts.diffusers_stack import blocks_of
+            from hasten.recipe import Attention
+
+            HungAttention(blocks_of(model), Attention(backend=attention))
+
+        def graphs() -> int:
+            for note in done.notes:
+                print(note)
+            if done.replays is not None:
+                print(f"  recordings {done.replays.bytes / 2**20:.0f} MiB")
+            return done.graphs
+
+        return graphs
 
     return stack
 
@@ -321,8 +376,11 @@ STACKS: dict[str, Callable[[Any], Callable[[], int]]] = {
     "regional": compile_regional,
     "ours-bf16": ours(),
     "ours-fp8": ours("fp8"),
+    "ours-fp8-int8": ours("fp8", attention="int8_fp8"),
     "ours-fp8-unfused": ours("fp8", fuse=False),
-    "ours-fp8-eager": ours("fp8", compiled=False),
+    "ours-bf16-launched": ours(graph="never"),
+    "ours-fp8-launched": ours("fp8", graph="never"),
+    "ours-fp8-uncompiled": ours("fp8", compiled=False, graph="always"),
     "whole": compile_whole,
     "torchao-fp8": torchao_fp8,
 }

@@ -1,134 +1,193 @@
-"""Recordings of launches: when one is made, when it is used, when it is given up. A GPU's own are in the last test."""
+"""Recordings replayed give what calls give, bit for bit, whatever comes between: here by a recorder without a GPU.
+
+The recorder is careless.py's, which spoils what a CUDA graph may spoil; the last test has CUDA's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from careless import Careless
+from torch import Tensor
 
-from hasten.replay import Replay
-
-
-class Tape:
-    """A recorder that does the work again, on the same memory, as a GPU would."""
-
-    def __init__(self) -> None:
-        self.played = 0
-
-    def suits(self, device: torch.device) -> bool:
-        return True
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        work()
-
-        def replay() -> None:
-            self.played += 1
-            work()
-
-        return replay
+from hasten.replay import Replays
 
 
-class Broken(Tape):
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        raise RuntimeError("operation not permitted\nand so on")
+class Model:
+    """Blocks of two streams with a weight each; `settings` is what a host would mark beside the weights."""
+
+    def __init__(self, replays: Replays | None, blocks: int = 5, device: str = "cpu") -> None:
+        noise = torch.Generator().manual_seed(0)
+        self.weights = [(torch.randn(8, 8, generator=noise) / 3).to(device) for _ in range(blocks)]
+        self.replays = replays
+        self.calls = 0
+        self.counts: dict[str, int] = {}
+
+    def block(self, i: int, image: Tensor, text: Tensor, emb: Tensor) -> Sequence[Tensor]:
+        def call(image: Tensor, text: Tensor, emb: Tensor) -> Sequence[Tensor]:
+            if not Careless.at_work:
+                self.calls += 1
+                self.counts["calls"] = self.counts.get("calls", 0) + 1
+            return image + torch.tanh(image @ self.weights[i]) * emb, text - torch.tanh(text @ self.weights[i])
+
+        if self.replays is None:
+            return call(image, text, emb)
+        return self.replays.run(i, self.weights[i].data_ptr(), (image, text, emb), call, self.counts)
+
+    def __call__(self, image: Tensor, text: Tensor, emb: Tensor, *, between: Any = None, skip: Any = ()) -> Tensor:
+        for i in range(len(self.weights)):
+            if i not in skip:
+                image, text = self.block(i, image, text, emb)
+            if between is not None:
+                image = between(i, image)
+        return torch.cat([image, text], 1)
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, words: Tensor | None = None, times: int = 1) -> Tensor:
-        y: Tensor = self.linear(x) * times
-        return y if words is None else y + words.sum()
-
-
-def replayed(recorder: Tape, layer: Layer) -> tuple[Any, Replay, list[str]]:
-    said: list[str] = []
-    owner = Replay(said.append, recorder)
-    return owner.wrap(layer, layer), owner, said
-
-
-@torch.no_grad()
-def test_a_recording_gives_what_the_module_gives_for_other_numbers() -> None:
-    tape, layer = Tape(), Layer()
-    call, owner, _ = replayed(tape, layer)
-    outs = []
-    for i in range(6):
-        x, words = torch.randn(2, 4), torch.randn(3)
-        outs.append((call(x, words=words, times=2), layer(x, words, 2)))
-        assert owner.recorded == (i >= 2)
-    assert tape.played == 3
-    assert all(torch.equal(ours, theirs) for ours, theirs in outs), "a result outlives the next replay"
-
-
-@torch.no_grad()
-def test_shapes_and_numbers_have_recordings_of_their_own_up_to_a_limit() -> None:
-    tape, layer = Tape(), Layer()
-    call, owner, _ = replayed(tape, layer)
-    for rows in (1, 2, 3):
-        for _ in range(3):
-            call(torch.randn(rows, 4))
-    for _ in range(3):
-        call(torch.randn(1, 4), times=3)
-    assert owner.recorded == 4
-    for _ in range(5):
-        x = torch.randn(9, 4)
-        assert torch.equal(call(x), layer(x))
-    assert owner.recorded == 4
-
-
-@torch.no_grad()
-def test_weights_that_lie_elsewhere_and_parts_that_were_replaced_are_noticed() -> None:
-    tape, layer = Tape(), Layer()
-    call, owner, _ = replayed(tape, layer)
-    x = torch.randn(2, 4)
-    for change in (lambda: None, lambda: layer.linear.weight.data.mul_(2)):
-        change()
-        for _ in range(4):
-            assert torch.equal(call(x), layer(x))
-    assert owner.recorded == 1
-    for change in (
-        lambda: setattr(layer.linear.weight, "data", layer.linear.weight.data.clone() * 3),
-        lambda: setattr(layer, "linear", nn.Sequential(layer.linear)),
-    ):
-        change()
-        played = tape.played
-        assert torch.equal(call(x), layer(x)) and tape.played == played
-
-
-@torch.no_grad()
-def test_a_machine_that_cannot_record_says_so_once_and_computes() -> None:
-    layer = Layer()
-    call, _, said = replayed(Broken(), layer)
-    x = torch.randn(2, 4)
-    for _ in range(5):
-        assert torch.equal(call(x), layer(x))
-    assert said == ["launches cannot be recorded here, blocks run unrecorded (operation not permitted)"]
-
-
-def test_gradients_and_foreign_arguments_are_left_alone() -> None:
-    tape, layer = Tape(), Layer()
-    call, owner, _ = replayed(tape, layer)
-    for _ in range(4):
-        call(torch.randn(1, 4))
-    assert owner.recorded == 0
+@pytest.fixture(autouse=True)
+def without_gradients() -> Any:
     with torch.no_grad():
-        for _ in range(4):
-            owner.works([torch.randn(1), {}])
-        assert not owner.works([torch.randn(1), {}]) and not owner.works([1])
+        yield
+
+
+def pair(**settings: Any) -> tuple[Model, Model, list[Careless], list[str]]:
+    """A model replayed, the same as it is, the recordings and what was said."""
+    everyone: list[Careless] = []
+    said: list[str] = []
+    replays = Replays(say=said.append, make=lambda device: lambda: Careless(everyone), **settings)
+    return Model(replays), Model(None), everyone, said
+
+
+def inputs(seed: int, tokens: int = 6, batch: int = 1, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    noise = torch.Generator().manual_seed(seed)
+    image, text, emb = (torch.randn(batch, n, 8, generator=noise).to(device) for n in (tokens, 3, 1))
+    return image, text, emb
+
+
+def test_a_size_is_run_then_recorded_then_replayed() -> None:
+    ours, stock, everyone, said = pair()
+    for seed in range(5):
+        assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+    # Once as it is, twice to record; from then on nothing is called.
+    assert ours.calls == 5 * 3 and len(everyone) == 5 and said == []
+    assert all(recording.replays == 4 for recording in everyone)
+    assert ours.counts == stock.counts
+
+
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_what_comes_between_blocks_is_heard(when: int) -> None:
+    def residual(i: int, image: Tensor) -> Tensor:
+        return image + 0.5 if i == 2 else image
+
+    def in_place(i: int, image: Tensor) -> Tensor:
+        return image.mul_(1.5) if i == 2 else image
+
+    for between in (residual, in_place):
+        ours, stock, _, _ = pair()
+        for seed in range(6):
+            now = between if seed >= when else None
+            assert torch.equal(ours(*inputs(seed), between=now), stock(*inputs(seed), between=now))
+
+
+def test_blocks_left_out_and_taken_again_do_not_disturb_the_others() -> None:
+    ours, stock, _, _ = pair()
+    for seed, skip in enumerate([(), (1, 2), (1, 2), (), (0,), (4,), (2,), (), (3, 4), (1,), ()]):
+        assert torch.equal(ours(*inputs(seed), skip=skip), stock(*inputs(seed), skip=skip))
+
+
+def test_what_a_caller_keeps_is_its_own() -> None:
+    ours, stock, _, _ = pair()
+    kept: list[Tensor] = []
+    wanted: list[Tensor] = []
+    for seed in range(4):
+        ours(*inputs(seed), between=lambda i, image: kept.append(image) or image)
+        stock(*inputs(seed), between=lambda i, image: wanted.append(image) or image)
+    assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))
+
+
+def test_weights_written_into_are_heard_and_weights_replaced_recorded_anew() -> None:
+    ours, stock, everyone, _ = pair()
+    for seed in range(4):
+        ours(*inputs(seed)), stock(*inputs(seed))
+    for model in (ours, stock):
+        model.weights[2].add_(0.1)  # a LoRA merged in place
+    assert torch.equal(ours(*inputs(9)), stock(*inputs(9)))
+    assert len(everyone) == 5
+    for model in (ours, stock):
+        model.weights[2] = model.weights[2] * 2  # moved, quantised
+    for seed in range(10, 14):
+        assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+    assert len(everyone) == 6
+
+
+def test_sizes_and_batches_have_recordings_of_their_own_up_to_a_limit() -> None:
+    ours, stock, everyone, _ = pair(sizes=2)
+    for seed in range(12):
+        tokens, batch = ((6, 1), (10, 1), (6, 2))[seed // 2 % 2 if seed < 8 else 2]
+        given = inputs(seed, tokens, batch)
+        assert torch.equal(ours(*given), stock(*given))
+    assert len(everyone) == 3 * 5
+    assert ours.replays is not None and len(ours.replays._places) == 2
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once() -> None:
+    class Refusing(Careless):
+        def record(self, call: Any, inputs: Any) -> list[Tensor]:
+            call(*inputs)
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    said: list[str] = []
+    ours = Model(Replays(say=said.append, make=lambda device: lambda: Refusing([])))
+    stock = Model(None)
+    for seed in range(4):
+        assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+    assert len(said) == 1 and "operation not permitted" in said[0] and "more" not in said[0]
+    assert ours.counts["calls"] == stock.counts["calls"]
+
+
+def test_with_gradients_and_on_a_cpu_everything_is_called_as_it_is() -> None:
+    ours, _, everyone, _ = pair()
+    with torch.enable_grad():
+        for seed in range(3):
+            ours(*inputs(seed))
+    plain = Model(Replays(say=lambda text: None))
+    for seed in range(3):
+        plain(*inputs(seed))
+    assert everyone == [] and plain.calls == ours.calls == 15
+
+
+def test_in_inference_mode_writes_are_not_counted_and_everything_is_copied() -> None:
+    ours, stock, _, _ = pair()
+    with torch.inference_mode():
+        for seed in range(5):
+
+            def in_place(i: int, image: Tensor) -> Tensor:
+                return image.mul_(1.5) if i == 2 else image
+
+            assert torch.equal(ours(*inputs(seed), between=in_place), stock(*inputs(seed), between=in_place))
 
 
 @pytest.mark.gpu
-@torch.no_grad()
-def test_a_gpu_replays_bit_for_bit() -> None:
-    layer, said = Layer().cuda(), []
-    owner = Replay(said.append)
-    call = owner.wrap(layer, layer)
-    for _ in range(5):
-        x, words = torch.randn(2, 4, device="cuda"), torch.randn(3, device="cuda")
-        assert torch.equal(call(x, words), layer(x, words))
-    assert owner.recorded == 1 and said == []
+def test_cuda_graphs_give_what_launches_give() -> None:
+    said: list[str] = []
+    ours = Model(Replays(say=said.append, sizes=2), device="cuda")
+    stock = Model(None, device="cuda")
+    kept: list[Tensor] = []
+    wanted: list[Tensor] = []
+    for seed in range(24):
+        given = inputs(seed, (6, 10, 6)[seed // 8], (1, 1, 2)[seed // 8], device="cuda")
+        skip = (1, 2) if seed % 4 == 3 else ()
+        if seed == 12:
+            for model in (ours, stock):
+                model.weights[2].add_(0.1)
+        if seed == 20:
+            for model in (ours, stock):
+                model.weights[3] = model.weights[3] * 2
+        assert torch.equal(ours(*given, skip=skip), stock(*given, skip=skip))
+        ours(*given, between=lambda i, image: kept.append(image) or image)
+        stock(*given, between=lambda i, image: wanted.append(image) or image)
+    assert said == [] and ours.replays is not None and ours.replays.works and ours.replays.bytes > 0
+    assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))
+    assert ours.calls < stock.calls / 2

@@ -71,6 +71,11 @@ class Attention:
         return out.transpose(1, 2)
 
     @property
+    def state(self) -> tuple[int | float | bool | None, ...]:
+        """What a call's launches depend on beside its tensors: equal states, equal launches."""
+        return self.number, self.exact, self.keep, self.text_rows, None if self.heads is None else id(self.heads)
+
+    @property
     def line(self) -> str:
         """What was used, for the report: `attention int8_fp8`; several by how often."""
         names = sorted(self.used, key=lambda name: -self.used[name])
@@ -114,7 +119,7 @@ class Attention:
         try:
             out = attend(q, k, v)
         except Exception as error:  # kernels have no common class for their refusals
-            if backend.name == "sdpa":
+            if backend.name == "sdpa" or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
             self._chosen[Ask.of(q, k)] = BACKENDS["sdpa"]
             self.say(f"attention {backend.name} gave way to torch's own: {_first(error)}")

@@ -1,168 +1,289 @@
-"""replay.py records what a block launches on a GPU, once for each shape, and replays it: one launch instead of dozens.
+"""replay.py records what a block launches as a CUDA graph, once for each block and size, and replays it from then on.
 
-Where blocks are small, launching takes longer than computing. A recording reads its weights where they lay when it was
-made, so it is given up as soon as any of them lies elsewhere or a part of the block is another one. What comes out is a
-tensor of its own, never the recording's memory.
-It knows modules and calls, neither families nor hosts.
+A block of FLUX.1-dev launches a dozen kernels, and in 8 bits the GPU is done with them sooner than Python is with the
+next dozen. It knows calls that take tensors and give tensors, neither families nor hosts: what else a recording stands
+on (where the weights lie, which attention) a host hands over as `marks`; other marks, another recording.
+
+Inputs are copied to where the recording reads them, unless they are there already: what one block gave out lies where
+the next one's recording reads. Results are copies of the caller's own: nothing that is kept changes later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Call = Callable[..., Any]
-SHAPES = 4  # recorded for each module; more run as they are
-PLAIN = (int, float, bool, str, type(None))  # what an argument may be beside a tensor
+# Sizes whose recordings are kept; the one that was longest not met makes room. Each keeps about what one block needs
+# while it runs: some 0.4 GB for FLUX.1-dev at 1024x1024.
+SIZES = 3
 
-
-class Recorder(Protocol):
-    """Records launches."""
-
-    def suits(self, device: torch.device) -> bool:
-        """Whether launches on the device can be recorded now."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does on the same memory what `work` does. Raises RuntimeError where something cannot be recorded."""
+Call = Callable[..., Sequence[Tensor]]
 
 
-class CudaRecorder:
-    """CUDA graphs that share a pool of memory: they are replayed one after the other, and nothing lives in between."""
+class Recording(Protocol):
+    """What a call launches."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def record(self, call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Takes down what `call` launches on those very tensors, without doing it; gives where results will lie.
 
-    def suits(self, device: torch.device) -> bool:
-        """See Recorder."""
-        if device.type != "cuda" or device.index not in (None, torch.cuda.current_device()):
-            return False
-        return not torch.cuda.is_current_stream_capturing()
+        The results' memory is kept from other recordings until `release`.
+        """
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """See Recorder."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+    def replay(self) -> None:
+        """Does it, on the current stream; what other recordings of the same place gave out is lost by it."""
+
+    def release(self) -> None:
+        """Lets other recordings have the results' memory."""
+
+
+class CudaRecording:
+    """A CUDA graph. Those of one pool share their memory, for one runs at a time."""
+
+    def __init__(self, pool: Any, stream: Any) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._pool, self._stream = pool, stream
+        self._results: list[Tensor] = []
+
+    def record(self, call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """See Recording."""
+        call(*inputs)  # so that nothing is compiled or loaded while launches are taken down
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Other threads (a page, another model) may go on meanwhile.
+            self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                work()
+                self._results = list(call(*inputs))
             finally:
-                graph.capture_end()
-        here.wait_stream(stream)
-        replay: Callable[[], None] = graph.replay
-        return replay
+                self._graph.capture_end()
+        return [_unowned(result) for result in self._results]
+
+    def replay(self) -> None:
+        """See Recording."""
+        self._graph.replay()
+
+    def release(self) -> None:
+        """See Recording."""
+        self._results.clear()
 
 
-class Replay:
-    """Recordings of many modules that run one after the other. say: takes remarks."""
+class Recorded:
+    """A recording with what it stands on, where it reads and where it writes. counts: what one run adds to a count."""
 
-    def __init__(self, say: Callable[[str], None], recorder: Recorder | None = None) -> None:
-        self.recorder = recorder or CudaRecorder()
-        self.recorded = 0
-        self._say = say
-        self._works = True
-        # Every module copies what it is given into the same memory, and out of it again.
-        self._memory: dict[Any, Tensor] = {}
+    def __init__(
+        self, recording: Recording, marks: Hashable, inputs: list[Tensor], results: list[Tensor], counts: dict[str, int]
+    ) -> None:
+        self.recording, self.marks = recording, marks
+        self.inputs, self.results, self.counts = inputs, results, counts
 
-    def wrap(self, module: nn.Module, call: Call) -> Call:
-        """`call`, which does what `module` does, replayed from its third time on."""
-        return _Replayed(self, module, call)
 
-    def memory(self, place: object, like: Tensor) -> Tensor:
-        """The memory for tensors of that size and layout at that place, the same for every module."""
-        key = place, tuple(like.shape), like.stride(), like.dtype, like.device
-        if key not in self._memory:
-            self._memory[key] = torch.empty_like(like)
-        return self._memory[key]
+class Place:
+    """All recordings of one size: where they read, and what is known to lie there."""
 
-    def works(self, given: Sequence[Any]) -> bool:
-        """Whether a call with these arguments can be recorded."""
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        if not self._works or torch.is_grad_enabled() or not tensors:
-            return False
-        if not all(isinstance(value, (Tensor, *PLAIN)) for value in given):
-            return False
-        return len({tensor.device for tensor in tensors}) == 1 and self.recorder.suits(tensors[0].device)
+    def __init__(self, make: Callable[[], Recording]) -> None:
+        self.make = make
+        self.met: dict[Hashable, Hashable] = {}
+        self.recorded: dict[Hashable, Recorded] = {}
+        self._own: dict[int, Tensor] = {}
+        # By its identity a tensor of ours, whose copy lies there, and at which version. What passes is gone with the
+        # next replay.
+        self._lies: dict[int, tuple[Tensor, weakref.ref[Tensor], int]] = {}
+        self._passing: list[int] = []
+        self._newest: Recorded | None = None
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None] | None:
-        """A recording, or None where it failed; then nothing more is recorded."""
+    def record(
+        self, block: Hashable, marks: Hashable, given: Sequence[Tensor], call: Call, counts: dict[str, int]
+    ) -> Recorded:
+        """Records a call whose inputs are `given`."""
+        # Only what the newest recording gave out is still kept from the next one's intermediate results.
+        held = [] if self._newest is None else self._newest.results
+        inputs = []
+        for position, tensor in enumerate(given):
+            there = next((t for t in (*held, *self._own.values()) if self._holds(t, tensor)), None)
+            inputs.append(self._own_place(position, tensor) if there is None else there)
+        self._bring(inputs, given)
+        before = dict(counts)
+        recording = self.make()
         try:
-            replay = self.recorder.record(work)
-        except RuntimeError as error:
-            self._works = False
-            self._say(f"launches cannot be recorded here, blocks run unrecorded ({str(error).splitlines()[0]})")
+            results = recording.record(call, inputs)
+        finally:  # the call ran twice, and for nobody
+            told = {name: (n - before.get(name, 0)) // 2 for name, n in counts.items()}
+            counts.clear()
+            counts.update(before)
+        done = Recorded(recording, marks, inputs, results, {name: n for name, n in told.items() if n})
+        if self._newest is not None:
+            self._newest.recording.release()
+        self._newest = self.recorded[block] = done
+        return done
+
+    def replay(self, done: Recorded, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The recorded call's results for other inputs of the same shapes."""
+        self._bring(done.inputs, given)
+        done.recording.replay()
+        for place in self._passing:
+            self._lies.pop(place, None)
+        out = tuple(result.clone() for result in done.results)
+        self._passing = [id(result) for result in done.results]
+        for result, own in zip(done.results, out, strict=True):
+            self._lies[id(result)] = result, weakref.ref(own), _version(own)
+        return out
+
+    def _own_place(self, position: int, tensor: Tensor) -> Tensor:
+        if position not in self._own:
+            self._own[position] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return self._own[position]
+
+    def _bring(self, places: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        """Copies what does not lie in its place yet."""
+        for place, tensor in zip(places, given, strict=True):
+            if not self._holds(place, tensor):
+                place.copy_(tensor)
+                self._lies[id(place)] = place, weakref.ref(tensor), _version(tensor)
+                if id(place) not in map(id, self._own.values()):
+                    self._passing.append(id(place))
+
+    def _holds(self, place: Tensor, tensor: Tensor) -> bool:
+        found = self._lies.get(id(place))
+        return found is not None and found[0] is place and found[1]() is tensor and found[2] == _version(tensor) >= 0
+
+
+class Replays:
+    """One model's recordings. say: takes remarks; make: what records, by device.
+
+    What cannot be recorded (no CUDA, gradients asked for, a failure) is called as it is, the last with a remark.
+    """
+
+    def __init__(
+        self,
+        *,
+        say: Callable[[str], None],
+        sizes: int = SIZES,
+        make: Callable[[torch.device], Callable[[], Recording]] | None = None,
+    ) -> None:
+        self.works = True
+        self.bytes = 0
+        self._say, self._sizes = say, sizes
+        self._make = make or _cuda_recordings
+        self._on_cuda_alone = make is None
+        self._places: dict[Hashable, Place] = {}
+        self._lock = threading.Lock()
+
+    def run(
+        self,
+        block: Hashable,
+        marks: Hashable,
+        given: tuple[Tensor, ...],
+        call: Call,
+        counts: dict[str, int] | None = None,
+    ) -> Sequence[Tensor]:
+        """What call(*given) gives: run as it is at a size's first meeting, recorded at the second, replayed from then.
+
+        counts: a count that the call raises, raised by a replay just so.
+        """
+        if not self.works or not self._fit(given):
+            return call(*given)
+        with self._lock:
+            place = self._place_for(given)
+            done = place.recorded.get(block)
+            if done is None or done.marks != marks:
+                if place.met.get(block) != marks:
+                    place.met[block] = marks
+                    done = None
+                else:
+                    done = self._recorded(place, block, marks, given, call, {} if counts is None else counts)
+            if done is not None:
+                if counts is not None:
+                    for name, n in done.counts.items():
+                        counts[name] = counts.get(name, 0) + n
+                return place.replay(done, given)
+        return call(*given)
+
+    def drop(self) -> None:
+        """Forgets every recording and gives its memory back."""
+        if self._places and self._on_cuda_alone:
+            torch.cuda.synchronize()
+        self._places.clear()
+        self.bytes = 0
+
+    def _fit(self, given: Sequence[Tensor]) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if not self._on_cuda_alone:
+            return True
+        return (
+            all(tensor.is_cuda for tensor in given)
+            and not torch.is_autocast_enabled("cuda")
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _place_for(self, given: Sequence[Tensor]) -> Place:
+        device = given[0].device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        size: Hashable = (device, stream, torch.is_inference_mode_enabled(), *((t.shape, t.dtype) for t in given))
+        place = self._places.pop(size, None)
+        if place is None:
+            if len(self._places) >= self._sizes:
+                if self._on_cuda_alone:
+                    torch.cuda.synchronize(device)  # it may be running yet
+                del self._places[next(iter(self._places))]
+            place = Place(self._make(device))
+        self._places[size] = place  # the latest at the end
+        return place
+
+    def _recorded(
+        self,
+        place: Place,
+        block: Hashable,
+        marks: Hashable,
+        given: Sequence[Tensor],
+        call: Call,
+        counts: dict[str, int],
+    ) -> Recorded | None:
+        device = given[0].device
+        before = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        try:
+            done = place.record(block, marks, given, call, counts)
+        except RuntimeError as error:  # out of memory is one
+            self.works = False
+            self.drop()
+            why = f"{error}".strip().splitlines() or [type(error).__name__]
+            self._say(f"launches cannot be recorded here ({why[0][:160]}): blocks are launched kernel by kernel")
             return None
-        self.recorded += 1
-        return replay
+        if device.type == "cuda":
+            self.bytes += max(torch.cuda.memory_reserved(device) - before, 0)
+        return done
 
 
-class _Replayed:
-    """One module's recordings."""
-
-    def __init__(self, owner: Replay, module: nn.Module, call: Call) -> None:
-        self.owner, self.module, self.call = owner, module, call
-        self._made_of: list[int] = []
-        self._times: dict[Any, int] = {}
-        self._recordings: dict[Any, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner, given = self.owner, [*args, *kwargs.values()]
-        if not owner.works(given):
-            return self.call(*args, **kwargs)
-        made_of = _made_of(self.module)
-        if made_of != self._made_of:
-            self._made_of, self._times, self._recordings = made_of, {}, {}
-        key = len(args), tuple(kwargs), tuple(_kind(value) for value in given)
-        tensors = [value for value in given if isinstance(value, Tensor)]
-        found = self._recordings.get(key)
-        if found is None:
-            times = self._times[key] = self._times.get(key, 0) + 1
-            # The first time compiles; the second does on our own memory whatever that still leads to.
-            if times == 1 or len(self._recordings) >= SHAPES:
-                return self.call(*args, **kwargs)
-            memory = [owner.memory(i, tensor) for i, tensor in enumerate(tensors)]
-            for own, tensor in zip(memory, tensors, strict=True):
-                own.copy_(tensor)
-            places = iter(memory)
-            swapped = [next(places) if isinstance(value, Tensor) else value for value in given]
-            args, kwargs = tuple(swapped[: len(args)]), dict(zip(kwargs, swapped[len(args) :], strict=True))
-            out = self.call(*args, **kwargs)
-            if times == 2 or not isinstance(out, Tensor):
-                return out
-            last = owner.memory("out", out)
-
-            def work() -> None:
-                last.copy_(self.call(*args, **kwargs))
-
-            replay = owner.record(work)
-            if replay is not None:
-                self._recordings[key] = memory, replay, last
-            return out
-        memory, replay, last = found
-        for own, tensor in zip(memory, tensors, strict=True):
-            own.copy_(tensor)
-        replay()
-        return last.clone()
+def _version(tensor: Tensor) -> int:
+    """Counts writes into the tensor; -1 where torch does not (inference mode)."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
-def _kind(value: Any) -> object:
-    """What of an argument a recording is made for: a tensor's size, layout and dtype, anything else as it is."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype, value.device
-    return type(value), value
+def _cuda_recordings(device: torch.device) -> Callable[[], Recording]:
+    pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
+    return lambda: CudaRecording(pool, stream)
 
 
-def _made_of(module: nn.Module) -> list[int]:
-    """The module's parts, their attention processors, and where their weights lie."""
-    found = []
-    for part in module.modules():
-        found.append(id(part))
-        found.append(id(part.__dict__.get("processor")))
-        found += [tensor.data_ptr() for tensor in part._parameters.values() if tensor is not None]
-        found += [tensor.data_ptr() for tensor in part._buffers.values() if tensor is not None]
-    return found
+class _Address:
+    """Memory as libraries hand it to one another. Source: the CUDA array interface, version 3."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.nbytes,),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _unowned(tensor: Tensor) -> Tensor:
+    """A tensor's memory under another tensor, which does not keep it allocated: its pool does."""
+    if not tensor.is_contiguous():
+        raise RuntimeError("a block gives out a tensor that is not contiguous")
+    seen = torch.as_tensor(_Address(tensor), device=tensor.device)
+    return seen.view(tensor.dtype).view(tensor.shape)

@@ -19,7 +19,9 @@ class Compile:
     blocks: the transformer's blocks, one graph for each class. decoder: the autoencoder's decoder. text: the text
     encoders. limit: graphs after which what would need another one runs uncompiled; -1 for any number.
     fuse: "auto" runs the blocks as fused passes wherever they are compiled or quantised, "always" without either
-    too, "never" as the host wrote them. replay: record what a fused block of Sana launches, and replay it.
+    too, "never" as the host wrote them.
+    cuda_graph: "always" records what each fused block launches as a CUDA graph, once for each size, and replays it;
+    "auto" does so for blocks that are compiled; "never" leaves every launch to Python.
     """
 
     blocks: bool = False
@@ -29,10 +31,11 @@ class Compile:
     dynamic: bool = True
     limit: int = 32
     fuse: str = "auto"
-    replay: bool = False
+    cuda_graph: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("compile.fuse", self.fuse, ("auto", "always", "never"))
+        one_of("compile.cuda_graph", self.cuda_graph, ("auto", "always", "never"))
         at_least("compile.limit", self.limit, -1, "-1 means unlimited")
         if not self.backend:
             raise ValueError("compile.backend is empty: leave it out for inductor, torch.compile's usual one.")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hasten import blocks
 from hasten.blocks import Part
 from hasten.kernels.linear import lay_together
+from hasten.kernels.plain_attention import plain_attention
 from hasten.quantize import Linear8
 
 
@@ -30,7 +31,7 @@ class FusedDouble(nn.Module):
         """Text and image after the block."""
         block: Any = self.block
         attn = block.attn
-        if not _still_plain(block, joint_attention_kwargs):
+        if not still_plain(block, joint_attention_kwargs):
             return block._call_impl(  # type: ignore[no-any-return]
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -83,7 +84,7 @@ class FusedSingle(nn.Module):
         """Text and image after the block."""
         block: Any = self.block
         attn = block.attn
-        if not _still_plain(block, joint_attention_kwargs):
+        if not still_plain(block, joint_attention_kwargs):
             return block._call_impl(  # type: ignore[no-any-return]
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -154,17 +155,17 @@ def _plain(block: nn.Module) -> bool:
     on any part, for a hook would never be called."""
     attn: Any = block.attn
     norms = [module for module in block.modules() if hasattr(module, "eps")]
-    if not _still_plain(block, None) or getattr(attn, "fused_projections", False):
+    if not still_plain(block, None) or getattr(attn, "fused_projections", False):
         return False
     if any(norm.eps != blocks.EPS for norm in norms):
         return False
-    for layer in _layers(block):
+    for layer in layers_of(block):
         if layer.bias is None or (type(layer) is nn.Linear and type(layer.weight) is not nn.Parameter):
             return False
     return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in block.modules())
 
 
-def _still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None) -> bool:
+def still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None) -> bool:
     """Whether this call may go through the fused block: adapters may have come since (LoRA), or an attention that
     takes more than queries, keys and values."""
     processor: Any = block.attn.processor  # type: ignore[union-attr]
@@ -174,10 +175,10 @@ def _still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None
         return False
     if joint_attention_kwargs and any(name != "scale" for name in joint_attention_kwargs):
         return False
-    return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in _layers(block))
+    return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in layers_of(block))
 
 
-def _layers(block: Any) -> list[Any]:
+def layers_of(block: Any) -> list[Any]:
     """Every linear layer of a block."""
     attn = block.attn
     shared = [attn.to_q, attn.to_k, attn.to_v]
@@ -197,6 +198,20 @@ def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return cos[:, ::2], sin[:, ::2]
 
 
+def attention_of(attn: Any) -> tuple[Any, ...]:
+    """What decides how this attention is computed: a recipe's own and its state, or diffusers' back-end by name."""
+    ours = getattr(attn.processor, "hasten_attention", None)
+    if ours is not None:
+        state: tuple[Any, ...] = ours.state
+        return state
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    chosen = attn.processor._attention_backend
+    if chosen is None:
+        chosen = _AttentionBackendRegistry.get_active_backend()[0]
+    return (getattr(chosen, "value", chosen),)
+
+
 def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -204,6 +219,9 @@ def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if ours is not None:
         attended: Tensor = ours(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         return attended
+    (name,) = attention_of(attn)
+    if name in ("native", "_native_cudnn"):
+        return plain_attention(q, k, v, cudnn=name == "_native_cudnn")
     out: Tensor = dispatch_attention_fn(
         q, k, v, dropout_p=0.0, is_causal=False, backend=attn.processor._attention_backend
     )

@@ -36,6 +36,9 @@ class Family(Protocol):
     def returned(self, streams: Any) -> Any:
         """What the block's forward would have returned for those streams."""
 
+    def untouched(self, given: Given) -> Any:
+        """What it would have returned, had it done nothing."""
+
     def noise(self, given: Given) -> Tensor:
         """The model's input cut to what its output stands for, (B, ...)."""
 
@@ -121,6 +124,10 @@ class FluxFamily:
         """See Family."""
         return streams.text, streams.image
 
+    def untouched(self, given: Given) -> tuple[Tensor, Tensor]:
+        """See Family."""
+        return given["encoder_hidden_states"], given["hidden_states"]
+
     def noise(self, given: Given) -> Tensor:
         """See Family. (B, N, C), read off the noise tokens' noise channels.
 
@@ -200,6 +207,11 @@ class SanaFamily:
     def returned(self, streams: SanaStreams) -> Tensor:
         """See Family."""
         return streams.image
+
+    def untouched(self, given: Given) -> Tensor:
+        """See Family."""
+        image: Tensor = given["hidden_states"]
+        return image
 
     def noise(self, given: Given) -> Tensor:
         """See Family. (B, C, H, W)."""

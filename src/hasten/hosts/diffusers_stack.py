@@ -15,10 +15,11 @@ from torch import nn
 
 from hasten.compile import Compiler
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
+from hasten.hosts.diffusers_replay import replayed, replayed_sana
 from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
 from hasten.quantize import FORMATS, Quantised, format_for
 from hasten.recipe import Recipe
-from hasten.replay import Replay
+from hasten.replay import Replays
 from hasten.report import Report
 from hasten.sections import Compile, Quantize
 
@@ -54,7 +55,7 @@ class Stack:
         bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
         wants = self.compile.blocks or self.compile.decoder or self.compile.text
         self.compiler = self._compiler() if wants else None
-        self.replay = Replay(self.notes.append) if self.compile.replay else None
+        self.replays = self._replays()
         self._quantised: Quantised | None = None
         if bits is not None:
             if not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
@@ -99,6 +100,8 @@ class Stack:
     def tell(self, report: Report) -> None:
         """Writes into a run's report what the model is, and what was compiled since it began."""
         report.model = self.words
+        if self.replays is not None and self.replays.bytes:
+            report.model += f", launches replayed ({self.replays.bytes / 2**20:.0f} MiB)"
         report.graphs, report.compile_s = self.graphs - self._before[0], self.seconds - self._before[1]
         for note in self.notes:
             report.note(note)
@@ -122,6 +125,8 @@ class Stack:
                 del module.__dict__["_compiled_call_impl"]
             else:
                 module._compiled_call_impl = before
+        if self.replays is not None:
+            self.replays.drop()
         for block in self._laid:
             lay_layers_apart(block)
         for module in self._last:
@@ -139,6 +144,13 @@ class Stack:
             say=self.notes.append,
         )
 
+    def _replays(self) -> Replays | None:
+        """Recordings of the fused blocks' launches, where they are wanted."""
+        wanted = self.compile.cuda_graph
+        if not torch.cuda.is_available() or wanted == "never" or (wanted == "auto" and not self.compile.blocks):
+            return None
+        return Replays(say=self.notes.append)
+
     def _take_block(self, block: nn.Module) -> bool:
         """Whether the block runs as fused passes from now on; if not, it is at most compiled."""
         stand_in = fused(block)
@@ -153,9 +165,9 @@ class Stack:
 
     def _take(self, module: nn.Module, call: nn.Module, *, compiled: bool = True) -> None:
         before = module.__dict__.get("_compiled_call_impl")
-        ours = self.compiler.compile(call) if compiled and self.compiler is not None else call._call_impl
-        if self.replay is not None and isinstance(call, FusedSana):
-            ours = self.replay.wrap(module, ours)
+        ours: Any = self.compiler.compile(call) if compiled and self.compiler is not None else call._call_impl
+        if self.replays is not None and call is not module:
+            ours = (replayed_sana if isinstance(call, FusedSana) else replayed)(module, ours, self.replays)
         module._compiled_call_impl = ours
         self._taken.append((module, ours, before))
 

@@ -32,7 +32,8 @@ def _store_row(out, row_scales, row, values, column, inside, width, QUANTISES: t
             tl.store(out + row * width + column, whole.to(tl.int8), mask=inside)
         else:
             scale = tl.maximum(largest, SMALLEST) / FP8_MAX
-            tl.store(out + row * width + column, (values / scale).to(out.dtype.element_ty), mask=inside)
+            values *= 1.0 / scale  # one division a row: the units that divide are what a wide row waits for
+            tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
         tl.store(row_scales + row, scale)
     else:
         tl.store(out + row * width + column, values.to(out.dtype.element_ty), mask=inside)
@@ -120,9 +121,10 @@ def gelu_row(  # type: ignore[no-untyped-def]
             scale = tl.where(broken > 0.0, float("nan"), scale)
         else:
             scale = tl.maximum(largest, SMALLEST) / FP8_MAX
-            value = value / scale
+            inverse = 1.0 / scale
+            value *= inverse
             if BEFORE:
-                head = head / scale
+                head *= inverse
         tl.store(row_scales + row, scale)
     tl.store(out + row * total + before_width + column, value.to(out.dtype.element_ty), mask=inside)
     if BEFORE:

@@ -1,0 +1,83 @@
+"""diffusers_replay.py has fused blocks' launches replayed: what a recording stands on, and when there may be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hasten.hosts import diffusers_sana_block
+from hasten.hosts.diffusers_blocks import attention_of, layers_of, still_plain
+from hasten.quantize import Linear8
+from hasten.replay import Replays
+
+
+def replayed(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
+    """`call`, which runs a FLUX block, by its recording where there can be one."""
+
+    def run(
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Sequence[Tensor]:
+        def called(image: Tensor, text: Tensor, emb: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+            out: Sequence[Tensor] = call(
+                hidden_states=image,
+                encoder_hidden_states=text,
+                temb=emb,
+                image_rotary_emb=(cos, sin),
+                joint_attention_kwargs=joint_attention_kwargs,
+            )
+            return out
+
+        given = hidden_states, encoder_hidden_states, temb, *image_rotary_emb
+        if not replays.works or not still_plain(block, joint_attention_kwargs):
+            return called(*given)
+        attention = getattr(block.attn.processor, "hasten_attention", None)  # type: ignore[union-attr]
+        return replays.run(block, marks_of(block), given, called, None if attention is None else attention.used)
+
+    return run
+
+
+def marks_of(block: Any) -> Hashable:
+    """Where the block's weights lie, and which attention it takes."""
+    attn, lie = block.attn, []
+    for layer in layers_of(block):
+        tensors = layer.tensors() if type(layer) is Linear8 else (layer.weight, layer.bias)
+        lie += [tensor.data_ptr() for tensor in tensors]
+    norms = (attn.norm_q, attn.norm_k, getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None))
+    lie += [norm.weight.data_ptr() for norm in norms if norm is not None]
+    return attention_of(attn), *lie
+
+
+def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
+    """`call`, which runs a Sana block, by its recording where there can be one."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = [*args, *kwargs.values()]
+        tensors = tuple(value for value in given if isinstance(value, Tensor))
+        rest = tuple(None if isinstance(value, Tensor) else (type(value), value) for value in given)
+        parts = [*block.modules()] if replays.works else []
+        if (
+            not parts
+            or not all(value is None or isinstance(value[1], int | None) for value in rest)
+            or not diffusers_sana_block.still_plain(block)
+            or any(type(part).__module__.startswith("peft.") for part in parts)  # a LoRA's strength is a plain number
+        ):
+            return call(*args, **kwargs)
+
+        def called(*found: Tensor) -> Sequence[Tensor]:
+            left = iter(found)
+            values = [next(left) if isinstance(value, Tensor) else value for value in given]
+            return (call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),)
+
+        marks = [id(part.__dict__.get("processor")) for part in parts]
+        for part in parts:
+            lie = (*part._parameters.values(), *part._buffers.values())
+            marks += [id(part), *(tensor.data_ptr() for tensor in lie if tensor is not None)]
+        return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called)[0]
+
+    return run

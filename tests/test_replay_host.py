@@ -1,0 +1,132 @@
+"""Replayed launches in the diffusers host: in step with caches, LoRAs and other attention; here without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from careless import Careless
+from runs import flux, hastened, paint, recipe
+
+import hasten
+from hasten.hosts.diffusers_stack import Stack
+from hasten.replay import Replays
+
+STACKS = {
+    "fused": {"compile": {"fuse": "always", "cuda_graph": "always"}},
+    "compiled": {"compile": {"blocks": True, "backend": "eager"}},
+    "int8": {"compile": {"blocks": True, "backend": "eager"}, "quantize": {"format": "int8"}},
+}
+
+
+@pytest.fixture
+def everyone(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Careless]]:
+    """All recordings of stacks that are made while the test runs."""
+    torch._dynamo.reset()
+    made: list[Careless] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Stack,
+            "_replays",
+            lambda self: (
+                None
+                if self.compile.cuda_graph == "never"
+                else Replays(say=self.notes.append, make=lambda device: lambda: Careless(made))
+            ),
+        )
+        yield made
+    torch._dynamo.reset()
+
+
+def launched(sections: dict[str, Any]) -> dict[str, Any]:
+    return {**sections, "compile": {**sections["compile"], "cuda_graph": "never"}}
+
+
+def small() -> Any:
+    return flux(double=2, single=2)
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("method", [{"method": "none"}, {"method": "fbcache", "threshold": 10.0}])
+def test_what_is_replayed_is_what_is_launched(everyone: list[Careless], name: str, method: dict[str, Any]) -> None:
+    wanted, report = hastened(small(), recipe(**method) | launched(STACKS[name]), steps=6)
+    assert everyone == []
+    pipe = small()
+    with hasten.accelerate(pipe, recipe(**method) | STACKS[name]) as run:
+        for _ in range(3):
+            found = paint(pipe, steps=6)
+            assert torch.equal(found, wanted)
+        assert run.report is not None and run.report.strip == report.strip and run.report.notes == report.notes
+    # Where almost every step is reused, blocks behind the first are met once a run: recorded in the second.
+    assert len(everyone) == 4 and all(recording.replays for recording in everyone)
+    assert torch.equal(paint(pipe, steps=6), paint(small(), steps=6))
+
+
+def test_a_lora_merged_is_heard_and_one_beside_the_layers_is_not_recorded(everyone: list[Careless]) -> None:
+    pytest.importorskip("peft")
+    from test_lora import load
+
+    ours, stock = small(), small()
+    hasten.prepare(ours, recipe() | STACKS["compiled"])
+    hasten.prepare(stock, recipe() | launched(STACKS["compiled"]))
+    assert torch.equal(paint(ours, steps=4), paint(stock, steps=4))
+    for pipe in (ours, stock):
+        with torch.no_grad():
+            pipe.transformer.transformer_blocks[1].attn.to_q.weight.add_(0.01)
+    assert torch.equal(paint(ours, steps=4), paint(stock, steps=4))
+    assert len(everyone) == 4
+    for pipe in (ours, stock):
+        load(pipe)
+    before = [recording.replays for recording in everyone[:2]]  # it is in the double blocks
+    assert torch.equal(paint(ours, steps=4), paint(stock, steps=4))
+    assert [recording.replays for recording in everyone[:2]] == before
+    for pipe in (ours, stock):
+        pipe.unload_lora_weights()
+    assert torch.equal(paint(ours, steps=4), paint(stock, steps=4))
+
+
+def test_another_attention_is_another_recording_and_its_calls_are_counted(everyone: list[Careless]) -> None:
+    settings = recipe() | STACKS["compiled"] | {"attention": {"backend": "sdpa", "exact_last": 2}}
+    wanted, report = hastened(small(), settings | launched(STACKS["compiled"]), steps=6)
+    pipe = small()
+    with hasten.accelerate(pipe, settings) as run:
+        assert torch.equal(paint(pipe, steps=6), wanted)
+        assert run.report is not None and run.report.notes == report.notes
+    assert len(everyone) >= 4
+
+
+def test_sizes_that_come_and_go_add_no_graph(everyone: list[Careless]) -> None:
+    from test_graphs import paint as paint_size
+
+    pipe = small()
+    stack = hasten.prepare(pipe, recipe() | STACKS["compiled"])
+    for size in ((64, 64), (96, 96)):
+        paint_size(pipe, *size, steps=3)
+    assert stack.graphs == 2
+    for size in ((80, 80), (64, 128), (64, 64), (112, 48)):
+        paint_size(pipe, *size, steps=3)
+    assert stack.graphs == 2 and stack.notes == []
+    assert stack.replays is not None and len(stack.replays._places) == 3
+
+
+@pytest.mark.parametrize("sections", [STACKS["fused"], STACKS["compiled"]], ids=["fused", "compiled"])
+def test_sana_is_replayed_as_it_is_launched(everyone: list[Careless], sections: dict[str, Any]) -> None:
+    from tiny_sana import paint as paint_sana
+    from tiny_sana import sana
+
+    stock = sana()
+    hasten.prepare(stock, {"schema": 1, **launched(sections)})
+    wanted = [paint_sana(stock, steps=4, side=side) for side in (4, 6, 4)]
+    assert everyone == []
+    pipe = sana()
+    hasten.prepare(pipe, {"schema": 1, **sections})
+    found = [paint_sana(pipe, steps=4, side=side) for side in (4, 6, 4)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    assert len(everyone) == 2 * len(pipe.transformer.transformer_blocks)
+    assert all(recording.replays for recording in everyone)
+    with torch.no_grad():
+        for other in (pipe, stock):
+            other.transformer.transformer_blocks[0].attn1.to_q.weight.mul_(1.1)
+    assert torch.equal(paint_sana(pipe, steps=4), paint_sana(stock, steps=4))
