@@ -36,12 +36,12 @@ COLUMNS = (
 )  # fmt: skip
 RECIPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "toca attention": ("toca", {}, {}),
+    "modules taylor1": ("modules", {"predictor": "taylor"}, {}),
+    "toca attention fp8": ("toca", {}, {"memory": "fp8"}),
     "modules hold": ("modules", {}, {}),
-    "toca attention, launched": ("toca", {}, {"record": False}),
     "toca value": ("toca", {}, {"score": "value"}),
     "toca random": ("toca", {}, {"score": "random"}),
-    "toca attention fp8": ("toca", {}, {"memory": "fp8"}),
-    "modules taylor1": ("modules", {"predictor": "taylor"}, {}),
+    "toca attention, launched": ("toca", {}, {"record": False}),
     "toca attention, all queries": ("toca", {}, {"queries": 0}),
     "toca attention host": ("toca", {}, {"memory": "host"}),
 }
