@@ -103,6 +103,59 @@ def test_every_way_of_sampling_begins_in_full_and_goes_on_in_part(rig: Any, mode
     assert bool(out.isfinite().all()) and (out - stock).abs().mean() < stock.abs().mean()
 
 
+def test_cond_and_uncond_in_calls_of_their_own_have_their_own_lanes(rig: Any, model: Any) -> None:
+    """Prompts of unequal lengths cannot share a call."""
+    how = {"cfg": 2.5, "negative": rig.condition(tokens=7, seed=2)}
+    out, report = run(rig, model, recipe(tokens=MANY), **how)
+    assert report.strip == "CCCPPPCC"
+    assert {e.lanes for e in report.evaluations} == {2}
+    # At cfg 1 the same prompt alone: its own lane saw nothing of the other's.
+    plain, _ = run(rig, model, recipe(tokens=MANY))
+    mixed, _ = run(rig, model, recipe(tokens=MANY), cfg=1.0, negative=how["negative"])
+    assert torch.equal(plain, mixed) and not torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("how", [{"cfg": 2.5}, {"sampler": "heun"}])
+def test_all_blocks_at_once_give_what_they_give_one_by_one(
+    rig: Any, model: Any, name: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once, report = run(rig, model, recipe(*INSIDE[name]), **how)
+    monkeypatch.setattr("hasten.hosts.comfy_run.Run.walk", lambda *_: None)
+    one_by_one, other = run(rig, model, recipe(*INSIDE[name]), **how)
+    assert torch.equal(at_once, one_by_one)
+    assert report.strip == other.strip
+
+
+def test_what_lies_between_the_blocks_is_added_in_part_too(rig: Any, model: Any) -> None:
+    """A ControlNet of constant residuals, and a forward of another pack's that adds to the image between blocks."""
+    from comfyui.test_comfy_composition import controlled
+
+    settings = recipe(tokens={**ALL, "full_first": 0}, last=False)
+    positive = rig.condition(control=controlled(0.3), control_apply_to_uncond=True)
+    plain, _ = run(rig, model, settings, sigmas=torch.tensor([1.0, 0.8, 0.6]))
+    out, report = run(rig, model, settings, positive=positive, sigmas=torch.tensor([1.0, 0.8, 0.6]))
+    stock = rig.sample(model, positive=positive, sigmas=torch.tensor([1.0, 0.8, 0.6]))
+    assert report.strip == "CP"
+    assert (out - stock).abs().mean() < 0.5 * (out - plain).abs().mean()
+
+    network = model.model.diffusion_model
+    network.forward_orig = network.forward_orig  # as PuLID puts its own in place, on the instance
+    walks: list[int] = []
+    try:
+        from hasten.hosts.comfy_parts import FluxWalk
+
+        seen = FluxWalk.__init__
+        FluxWalk.__init__ = lambda *given: walks.append(1) or seen(*given)
+        try:
+            _, report = run(rig, model, settings, sigmas=torch.tensor([1.0, 0.8, 0.6]))
+        finally:
+            FluxWalk.__init__ = seen
+    finally:
+        del network.forward_orig
+    assert (report.strip, walks) == ("CP", [])
+
+
 def test_split_sigmas_begin_afresh_in_the_middle(rig: Any, model: Any) -> None:
     sigmas = torch.linspace(1.0, 0.0, 13)
     _, report = run(rig, model, recipe(tokens=MANY), sigmas=sigmas[6:])
