@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hasten.attention_backends import BACKENDS, sparse_fused
 from hasten.kernels.attention8 import attend_plain, attention8, attention8_sparse
 from hasten.kernels.chosen import choose
+from hasten.kernels.curve import token_order
 from hasten.kernels.eight import BLOCK, Norm, Rope, prepare
+from hasten.kernels.rows import streams_of
+from hasten.kernels.streams import Streams
 
 
 def near_enough(device: str, fp8: bool) -> float:
@@ -97,6 +101,28 @@ def norm_rotation_and_two_streams_are_taken_on_the_way(device: str) -> None:
         assert error(found, exact) < near_enough(device, True)
 
 
+def rows_of_a_product_are_read_as_they_lie(device: str) -> None:
+    gains = [noise(device, 64, seed=i) * 0.1 + 1.0 for i in range(4)]
+    turn = noise(device, 150, 32, seed=5).float()
+    for joint in (True, False):
+        given = noise(device, 2 * 150, 3 * 2 * 64 + 128)  # wider than its queries, keys and values
+        text, image = streams_of(given, 2 * 64, 2, 40, joint)
+        of_text, of_image = (
+            [t.unflatten(-1, (3, 2, 64))[:, :, i].transpose(1, 2) for i in range(3)] for t in (text, image)
+        )
+        norm = Norm(gains[0], gains[1], 1e-6, gains[2], gains[3])
+        streams = Streams(
+            of_image[0], of_image[1], of_image[2], (of_text[0], of_text[1], of_text[2]), norm,
+            Rope(turn.cos().repeat_interleave(2, 1)[:, ::2], turn.sin().repeat_interleave(2, 1)[:, ::2]),
+        )  # fmt: skip
+        q, k, v = streams.joined()
+        for name in ("int8", "int8_fp8", "sparse"):
+            fused = BACKENDS[name].fused
+            assert fused is not None
+            found = sparse_fused(1.0, 40)(streams, q.dtype) if name == "sparse" else fused(streams, q.dtype)
+            assert error(found.transpose(1, 2), exactly(q, k, v)) < near_enough(device, name != "int8")
+
+
 def clustered(device: str, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks whose rows resemble each other, as an image's do."""
     q, k, v = (noise(device, 1, 2, rows, 64, seed=i) for i in range(3))
@@ -141,6 +167,19 @@ def chosen_blocks_are_sdpa_with_the_expanded_mask(device: str) -> None:
             q, k, v, keep=whole(device, keep), alike=whole(device, -1.0), topk=topk, text_rows=100
         )
         assert error(found, exactly(q, k, v, expanded)) < near_enough(device, True)
+
+
+def the_order_of_the_rows_changes_blocks_alone(device: str) -> None:
+    q, k, v = qkv(device, 300)
+    order = token_order(44, 16, 16, torch.device(device))
+    given = {"alike": whole(device, -1.0), "text_rows": 44}
+    every = attention8_sparse(q, k, v, keep=whole(device, 1.0), order=order, **given)
+    assert error(every, exactly(q, k, v)) < near_enough(device, True)
+    moved, back = order.long(), order.long().argsort()
+    half = attention8_sparse(q, k, v, keep=whole(device, 0.7), order=order, **given)
+    by_hand = attention8_sparse(*(t[:, :, moved] for t in (q, k, v)), keep=whole(device, 0.7), **given)
+    # The constant that is taken off every key comes from other rows of them: int8 rounds elsewhere.
+    assert error(half, by_hand[:, :, back]) < near_enough(device, True)
 
 
 def text_is_always_on_and_blocks_unlike_themselves_too(device: str) -> None:

@@ -26,7 +26,7 @@ class Room:
 DATA = ("data",)  # where shipped files lie: pathlib only
 # can be worked out on paper
 PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
-TENSORS = ("signal", "tokens", "attention", "attention_backends")
+TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_streams")
 MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "parts", "walk", "token_gate")
 TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
@@ -42,8 +42,8 @@ ROOMS = (
     Room(("kernels",), hasten=("kernels",), packages=("torch", "triton")),
     Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),
     Room(
-        ("attention", "attention_backends"),
-        hasten=("kernels", "attention_backends"),
+        ("attention", "attention_backends", "attention_streams"),
+        hasten=("kernels", "attention", "attention_backends"),
         packages=("torch", "sageattention", "flash_attn_interface", "spas_sage_attn", "comfy_kitchen"),
     ),
     Room(

@@ -14,14 +14,15 @@ import os
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sparse
+from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sparse, sparse_fused
+from hasten.kernels.streams import Streams
 
 # In the order of wishes; what cannot be used gives way to the next.
 CHAINS = {
@@ -30,6 +31,7 @@ CHAINS = {
     "sage8": ("sage", "kitchen", "int8_fp8", "int8"),
 }
 CHOICES = ("auto", *BACKENDS)
+FUSED = tuple(name for name, backend in BACKENDS.items() if backend.fused is not None)
 
 # Longest test: attention's errors do not grow with N, but the time of a float32 reference does.
 TEST_ROWS = 1024
@@ -58,6 +60,8 @@ class Attention:
         self.exact = self.always_exact = False
         # Of the block-sparse kernel alone: the share of blocks that is kept, and how many leading tokens are text.
         self.keep, self.text_rows = keep, 0
+        # The picture's tokens, rows and columns, where the host knows them: blocks are then patches of it.
+        self.grid: tuple[int, int] | None = None
         # Or, for each head, what was tuned: see sparse.Heads.
         self.heads: tuple[Tensor, Tensor, Tensor] | None = None
         self.used: dict[str, int] = {}
@@ -71,9 +75,10 @@ class Attention:
         return out.transpose(1, 2)
 
     @property
-    def state(self) -> tuple[int | float | bool | None, ...]:
+    def state(self) -> tuple[Hashable, ...]:
         """What a call's launches depend on beside its tensors: equal states, equal launches."""
-        return self.number, self.exact, self.keep, self.text_rows, None if self.heads is None else id(self.heads)
+        heads = None if self.heads is None else id(self.heads)
+        return self.number, self.exact, self.keep, self.text_rows, self.grid, heads
 
     @property
     def line(self) -> str:
@@ -107,26 +112,60 @@ class Attention:
             return BACKENDS["sdpa"]
         return fit[0] if len(fit) == 1 else fastest(fit, ask)
 
+    def fuses(self, ask: Ask) -> bool:
+        """Whether such calls go to a kernel that norms and rotates on its way."""
+        return not self.exact and self.choose(ask).fused is not None
+
+    def attend_fused(self, streams: Streams) -> Tensor | None:
+        """A call from before norm and rotation on, (B, N, H, D); None where what is chosen starts behind them."""
+        q, rows = streams.q, streams.rows
+        ask = Ask(q.device, q.dtype, q.shape[1], q.shape[3], rows, rows)
+        backend = BACKENDS["sdpa"] if self.exact else self.choose(ask)
+        fused = backend.fused
+        if fused is None:
+            return None
+        if backend.name == "sparse":
+            self._bring_heads(q.device)
+            fused = sparse_fused(self.keep, self.text_rows, heads=self.heads, grid=self.grid)
+        try:
+            out = fused(streams, q.dtype)
+        except Exception as error:  # kernels have no common class for their refusals
+            self._give_way(backend, ask, error)
+            return None
+        self.used[backend.name] = self.used.get(backend.name, 0) + 1
+        return out
+
+    def _bring_heads(self, device: torch.device) -> None:
+        if self.heads is not None and self.heads[0].device != device:
+            keep, alike, skip_below = (t.to(device) for t in self.heads)
+            self.heads = keep, alike, skip_below
+
+    def _give_way(self, backend: Backend, ask: Ask, error: Exception) -> None:
+        self._chosen[ask] = BACKENDS["sdpa"]
+        self.say(f"attention {backend.name} gave way to torch's own: {_first(error)}")
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The call itself, outside of any graph."""
         backend = BACKENDS["sdpa"] if self.exact else self.choose(Ask.of(q, k))
         attend = backend.attend
         if backend.name == "sparse":
-            if self.heads is not None and self.heads[0].device != q.device:
-                keep, alike, skip_below = (t.to(q.device) for t in self.heads)
-                self.heads = keep, alike, skip_below
-            attend = sparse(self.keep, self.text_rows, heads=self.heads)
+            self._bring_heads(q.device)
+            attend = sparse(self.keep, self.text_rows, heads=self.heads, grid=self.grid)
         try:
             out = attend(q, k, v)
         except Exception as error:  # kernels have no common class for their refusals
             if backend.name == "sdpa" or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
                 raise
-            self._chosen[Ask.of(q, k)] = BACKENDS["sdpa"]
-            self.say(f"attention {backend.name} gave way to torch's own: {_first(error)}")
+            self._give_way(backend, Ask.of(q, k), error)
             backend = BACKENDS["sdpa"]
             out = backend.attend(q, k, v)
         self.used[backend.name] = self.used.get(backend.name, 0) + 1
         return out
+
+
+def live(number: int) -> Attention | None:
+    """The attention of that number, while a model has it."""
+    return _LIVE.get(number)
 
 
 @torch.library.custom_op("hasten::attention", mutates_args=())

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from hasten.kernels.streams import Fused, Streams
+
 HALF = (torch.float16, torch.bfloat16)
 
 # Largest mean error over mean size against float32. 16 bits: their own rounding, twice; int8 scores with a 16-bit P V,
@@ -51,13 +53,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Backend:
-    """One attention. refuses: a reason or None; error: the bound that its self-test must stay under."""
+    """One attention. refuses: a reason or None; error: the bound that its self-test must stay under.
+
+    fused: the same from before norm and rotation on, where it has that.
+    """
 
     name: str
     words: str
     error: float
     refuses: Callable[[Ask], str | None]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    fused: Fused | None = None
 
     def supports(self, ask: Ask) -> Verdict:
         """The verdict on one call, from its shape and the machine alone."""
@@ -184,25 +190,73 @@ def _int8_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention8(q, k, v)
 
 
+def _eight_fused(fp8: bool) -> Fused:
+    def fused(streams: Streams, dtype: torch.dtype) -> Tensor:
+        from hasten.kernels.attention8 import attend, on_device
+
+        with on_device(streams.q):
+            return attend(streams.eight(fp8=fp8), streams.v if fp8 else streams.values(), dtype)
+
+    return fused
+
+
+def compact(rows: int, text_rows: int, grid: tuple[int, int] | None, device: torch.device) -> Tensor | None:
+    """The order of rows in which neighbours of the picture lie together; None where the grid is not the call's."""
+    if grid is None or text_rows + grid[0] * grid[1] != rows:
+        return None
+    from hasten.kernels.curve import token_order
+
+    return token_order(text_rows, *grid, device)
+
+
+def sparse_fused(
+    keep: float, text_rows: int, heads: tuple[Tensor, Tensor, Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Fused:  # fmt: skip
+    """`sparse` from before norm and rotation on."""
+
+    def fused(streams: Streams, dtype: torch.dtype) -> Tensor:
+        from hasten.kernels.attention8 import attend_sparse, on_device
+
+        q = streams.q
+        tuned, alike, skip_below = heads or (*_shares(q, keep), None)
+        with on_device(q):
+            eight = streams.eight(fp8=True, means=True, order=compact(streams.rows, text_rows, grid, q.device))
+            return attend_sparse(
+                eight, streams.v, dtype, keep=tuned, alike=alike, skip_below=skip_below, topk=heads is None,
+                text_rows=text_rows,
+            )  # fmt: skip
+
+    return fused
+
+
+def _shares(q: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """keep and alike for every head, filled on the device: a number copied from the host would have it wait."""
+    return torch.full((q.shape[1],), keep, device=q.device), torch.full((q.shape[1],), -1.0, device=q.device)
+
+
 def sparse(
-    keep: float, text_rows: int, fp8: bool = True, heads: tuple[Tensor, Tensor, Tensor] | None = None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    keep: float, text_rows: int, fp8: bool = True, heads: tuple[Tensor, Tensor, Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:  # fmt: skip
     """Our block-sparse attention that keeps a share of the blocks of keys; the first `text_rows` are always on.
 
     heads: tuned settings instead, (H,) each: the weight to keep, how alike blocks must be, what may be skipped.
+    grid: rows and columns of the picture's tokens, so that blocks are patches of it and no strips.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from hasten.kernels.attention8 import attention8_sparse
 
+        order = compact(q.shape[2], text_rows, grid, q.device)
         if heads is not None:
             tuned, alike, skip_below = heads
             return attention8_sparse(
-                q, k, v, keep=tuned, alike=alike, skip_below=skip_below, topk=False, text_rows=text_rows, fp8=fp8
-            )
-        # Filled on the device: a number copied from the host would have it wait.
-        keeps, alike = (torch.full((q.shape[1],), x, device=q.device) for x in (keep, -1.0))
-        return attention8_sparse(q, k, v, keep=keeps, alike=alike, text_rows=text_rows, fp8=fp8)
+                q, k, v, keep=tuned, alike=alike, skip_below=skip_below, topk=False, text_rows=text_rows, fp8=fp8,
+                order=order,
+            )  # fmt: skip
+        keeps, alike = _shares(q, keep)
+        return attention8_sparse(q, k, v, keep=keeps, alike=alike, text_rows=text_rows, fp8=fp8, order=order)
 
     return attend
 
@@ -229,8 +283,8 @@ BACKENDS: dict[str, Backend] = {
             "kitchen", "comfy-kitchen's int8", FP8,
             _takes(capability=(7, 5), largest=256, package="comfy_kitchen", attribute="int8_attention"), _kitchen,
         ),
-        Backend("int8", "ours, int8 and 16 bits", INT8, _ours((7, 5)), _int8),
-        Backend("int8_fp8", "ours, int8 and fp8", FP8, _ours((8, 9)), _int8_fp8),
+        Backend("int8", "ours, int8 and 16 bits", INT8, _ours((7, 5)), _int8, _eight_fused(False)),
+        Backend("int8_fp8", "ours, int8 and fp8", FP8, _ours((8, 9)), _int8_fp8, _eight_fused(True)),
         Backend(
             "sparge", "SpargeAttn, its package", SPARSE,
             _takes(
@@ -239,7 +293,7 @@ BACKENDS: dict[str, Backend] = {
             ),
             _sparge,
         ),
-        Backend("sparse", "ours, half of the blocks", SPARSE, _ours((8, 9)), sparse(0.5, 0)),
+        Backend("sparse", "ours, half of the blocks", SPARSE, _ours((8, 9)), sparse(0.5, 0), sparse_fused(0.5, 0)),
     )
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from hasten.kernels import linear, rows
 from hasten.quantize import Linear8
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, L + N, H, D) three times to the same shape
+AttendRows = Callable[..., Tensor]  # what rows.norm_rope takes, to what Attend gives
 Rope = tuple[Tensor, Tensor]  # cosines and sines, (L + N, D / 2)
 
 
@@ -66,9 +67,13 @@ class Single(NamedTuple):
 
 
 def double(
-    block: Double, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend
-) -> tuple[Tensor, Tensor]:
-    """Text (B, L, C) and image (B, N, C) after a double block; emb (B, C) is silu's result."""
+    block: Double, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend,
+    attend_rows: AttendRows | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Text (B, L, C) and image (B, N, C) after a double block; emb (B, C) is silu's result.
+
+    attend_rows: an attention that norms and rotates by itself, taken instead of `attend`.
+    """
     of_text, of_image = block.text, block.image
     batch, length, _ = text.shape
     split = batch * length
@@ -78,8 +83,8 @@ def double(
     given = rows.norm_modulate(text, image, *mods, shift=0, scale=1, joint=False, dtype=bits)
     qkv = _linear(given, split, of_text.qkv, of_image.qkv, image.dtype)
     norms = of_text.q_norm, of_text.k_norm, of_image.q_norm, of_image.k_norm
-    q, k, v = rows.norm_rope(qkv, norms, rope, batch=batch, length=length, heads=block.heads, joint=False)
-    given = rows.split_streams(attend(q, k, v).flatten(2), length, dtype=_row_dtype(of_image.out))
+    attended = _attended(qkv, norms, rope, attend, attend_rows, (batch, length, block.heads, False))
+    given = rows.split_streams(attended.flatten(2), length, dtype=_row_dtype(of_image.out))
     update = _linear(given, split, of_text.out, of_image.out, image.dtype)
     bits = _row_dtype(of_image.up)
     text, image, values, scales = rows.add_norm_modulate(
@@ -93,8 +98,9 @@ def double(
 
 
 def single(
-    block: Single, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend
-) -> tuple[Tensor, Tensor]:
+    block: Single, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend,
+    attend_rows: AttendRows | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Text (B, L, C) and image (B, N, C) after a single block; emb (B, C) is silu's result."""
     batch, length, _ = text.shape
     mods = block.mods(emb)
@@ -102,8 +108,8 @@ def single(
     given = rows.norm_modulate(text, image, mods, mods, shift=0, scale=1, joint=True, dtype=bits)
     wide = _linear(given, 0, (), block.qkv if bits is None else (*block.qkv, *block.up), image.dtype)
     norms = block.q_norm, block.k_norm, block.q_norm, block.k_norm
-    q, k, v = rows.norm_rope(wide, norms, rope, batch=batch, length=length, heads=block.heads, joint=True)
-    attended = attend(q, k, v).flatten(2).flatten(0, 1)
+    attended = _attended(wide, norms, rope, attend, attend_rows, (batch, length, block.heads, True))
+    attended = attended.flatten(2).flatten(0, 1)
     if bits is None:
         hidden = _linear(given, 0, (), block.up, image.dtype, gelu=True)
         weight, bias = _tensors(block.down[0])
@@ -112,6 +118,16 @@ def single(
         given = rows.gelu_beside(attended, wide[:, 3 * attended.shape[1] :], dtype=bits)
         update = _linear(given, 0, (), block.down, image.dtype)
     return rows.add_gated(text, image, update, mods, mods, gate=2, joint=True)
+
+
+def _attended(
+    qkv: Tensor, norms: tuple[Tensor, Tensor, Tensor, Tensor], rope: Rope, attend: Attend,
+    attend_rows: AttendRows | None, shape: tuple[int, int, int, bool],
+) -> Tensor:  # fmt: skip
+    batch, length, heads, joint = shape
+    if attend_rows is not None:
+        return attend_rows(qkv, norms, rope, batch=batch, length=length, heads=heads, joint=joint)
+    return attend(*rows.norm_rope(qkv, norms, rope, batch=batch, length=length, heads=heads, joint=joint))
 
 
 def _row_dtype(layers: Layers) -> torch.dtype | None:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hasten.attention_backends import compact
+
 BLOCK = 128
 NAMES = ("is_sparse", "cdfthreshd", "simthreshd1", "simthreshd2", "pvthreshd")
 PART = "spargeattn"
@@ -284,13 +286,21 @@ class Tuning:
         """How many calls this process has still to search."""
         return sum(max(0, self.calls - self.done.get(block, 0)) for block in self.mine)
 
-    def see(self, block: str, q: Tensor, k: Tensor, v: Tensor, *, text_rows: int = 0) -> None:
-        """One call of `block` in a run: searched, unless it is another rank's or was searched before."""
+    def see(
+        self, block: str, q: Tensor, k: Tensor, v: Tensor, *, text_rows: int = 0, grid: tuple[int, int] | None = None
+    ) -> None:  # fmt: skip
+        """One call of `block` in a run: searched, unless it is another rank's or was searched before.
+
+        grid: rows and columns of the picture's tokens; they are searched in the order in which they will be used.
+        """
         if block not in self.mine:
             return
         self._seen[block] += 1
         if self._seen[block] <= self._before.get(block, 0) or self.done.get(block, 0) >= self.calls:
             return
+        order = compact(q.shape[2], text_rows, grid, q.device)
+        if order is not None:
+            q, k, v = (t.index_select(2, order) for t in (q, k, v))
         heads, skipped = tune_heads(
             q, k, v, l1=self.l1, pv_l1=self.pv_l1, text_rows=text_rows, attend=self._attend
         )  # fmt: skip

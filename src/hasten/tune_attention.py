@@ -45,13 +45,14 @@ def tune_attention(
     tuning = Tuning(names, file, l1=l1, pv_l1=pv_l1, calls=calls, rank=rank, world=world, attend=attend)
     step, began, at_first = 0, time.monotonic(), tuning.left
     looks: set[int] = set()
+    grid = (0, 0)
 
     def listen(index: int) -> Any:
         exactly = hung.attentions[index].attend
 
         def seeing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if step in looks:
-                tuning.see(names[index], q, k, v, text_rows=painter.text_tokens)
+                tuning.see(names[index], q, k, v, text_rows=painter.text_tokens, grid=grid)
                 if progress is not None and at_first:
                     done = at_first - tuning.left
                     left = (time.monotonic() - began) * tuning.left / max(done, 1) / 60
@@ -71,6 +72,8 @@ def tune_attention(
         for request in requests:
             if tuning.left == 0:
                 break
+            patch = 2 * painter.pipe.vae_scale_factor
+            grid = request.height // patch, request.width // patch
             step, looks = 0, {int(share * request.steps) for share in LOOKS}
             painter.paint(request, Recipe(), on_step=on_step)
     finally:

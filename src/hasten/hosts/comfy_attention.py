@@ -8,7 +8,7 @@ whose settings last as long as one sampling run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from hasten.attention import CHAINS, CHOICES, Attention
 from hasten.attention_backends import BACKENDS, Ask
 from hasten.hosts.comfy_lines import counted
-from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
+from hasten.hosts.comfy_options import APPLY_MODEL, ATTENTION, OUTER_SAMPLE
 
 SLOT = "optimized_attention_override"
 FAST_MATH = "hasten_fast_math"
+GRID = "hasten_grid"
 
 # FLUX's usual text, where the host does not tell how many leading tokens are text.
 TEXT_ROWS = 512
@@ -61,12 +62,28 @@ def put_attention(model: Any, backend: str) -> Any:
     found = getattr(found, "hasten_found", found)
     to[SLOT] = override(backend, found)
     to[ATTENTION] = backend
+    tell_grid(clone, [to[SLOT].hasten_attention] if backend == "sparse" else [])
     return clone
+
+
+def tell_grid(clone: Any, attentions: Iterable[Attention]) -> None:
+    """Has each call of the model tell these how many rows and columns of tokens its picture is, patches of 2 x 2."""
+    clone.remove_wrappers_with_key(APPLY_MODEL, GRID)
+    told = list(attentions)
+
+    def applying(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for attention in told:
+            attention.grid = (x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2
+        return executor(x, *args, **kwargs)
+
+    if told:
+        clone.add_wrapper_with_key(APPLY_MODEL, GRID, applying)
 
 
 def drop_attention(model: Any) -> Any:
     """A clone of `model` without an override of ours."""
     clone = model.clone()
+    tell_grid(clone, [])
     to = clone.model_options.setdefault("transformer_options", {})
     if hasattr(to.get(SLOT), "hasten_found"):
         found = to.pop(SLOT).hasten_found
@@ -98,6 +115,7 @@ def override(backend: str, found: Callable[..., Any] | None) -> Callable[..., An
         return out if kwargs.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
 
     overriding.hasten_found = found  # type: ignore[attr-defined]
+    overriding.hasten_attention = attention  # type: ignore[attr-defined]
     return overriding
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hasten.attention import Attention
 from hasten.attention_backends import Ask
-from hasten.hosts.comfy_attention import SLOT, TEXT_ROWS, drop_attention
+from hasten.hosts.comfy_attention import SLOT, TEXT_ROWS, drop_attention, tell_grid
 from hasten.hosts.comfy_lines import counted
 from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
 from hasten.recipe import Skip
@@ -65,6 +65,7 @@ def put_sparge(
     to = clone.model_options.setdefault("transformer_options", {})
     found = to.get(SLOT)
     to[SLOT] = _override(set(names), found, settings, search)
+    tell_grid(clone, to[SLOT].hasten_attentions)
     to[ATTENTION] = "sparse" if search is None else "being tuned"
     # Patches as ComfyUI's own nodes put them: a dict of its own for this clone.
     replace = dict(to.get("patches_replace", {}))
@@ -136,7 +137,7 @@ def _override(
         takes_it = attention is not None and mask is None and search is None and attention.fits(Ask.of(q, k))
         counted(kwargs, takes_it, "sparse" if takes_it else "", said)
         if search is not None and name is not None and mask is None and _looked_at(to):
-            search.tuning.see(name, q, k, v, text_rows=text_rows[0])
+            search.tuning.see(name, q, k, v, text_rows=text_rows[0], grid=attentions[name].grid)
         if not takes_it or attention is None:
             return func(*args, **kwargs) if found is None else found(func, *args, **kwargs)
         attention.text_rows = text_rows[0]
@@ -145,6 +146,7 @@ def _override(
 
     overriding.hasten_found = found  # type: ignore[attr-defined]
     overriding.hasten_search = search  # type: ignore[attr-defined]
+    overriding.hasten_attentions = [*attentions.values()]  # type: ignore[attr-defined]
     return overriding
 
 

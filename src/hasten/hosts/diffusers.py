@@ -281,6 +281,7 @@ class Handle:
                     interval=moment.interval,
                     intervals=moment.intervals,
                     text_rows=0 if text is None else text.shape[1],
+                    places=given.get("img_ids"),
                 )
             if self._compiled_whole() and self.plan.gated:
                 call.excuse = "compiled as a whole"

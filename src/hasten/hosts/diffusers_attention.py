@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten import recipe
-from hasten.attention import Attention
+from hasten.attention import FUSED, Attention
+from hasten.attention_streams import asked, attend_streams
 from hasten.report import Report
 from hasten.sparse import load_settings
 
@@ -49,6 +50,8 @@ class HungAttention:
                     attention.heads = found.keep, found.alike, found.skip_below
                 else:
                     attention.exact = attention.always_exact = True
+        self._places: Tensor | None = None
+        self._grid: tuple[int, int] | None = None
         self._undo: list[Callable[[], None]] = []
         others: set[str] = set()
         for index, block in enumerate(blocks):
@@ -65,12 +68,17 @@ class HungAttention:
         if others:
             self._said.append(f"attention of {', '.join(sorted(others))} was left as it is")
 
-    def before_call(self, *, interval: int, intervals: int, text_rows: int) -> None:
-        """Where in the run the call lies, and how many tokens lead as text."""
+    def before_call(self, *, interval: int, intervals: int, text_rows: int, places: Tensor | None = None) -> None:
+        """Where in the run the call lies, how many tokens lead as text, and where each of the picture's lies in it.
+
+        places: diffusers' img_ids, (N, 3) or (1, N, 3).
+        """
+        if self.wanted.backend == "sparse" and places is not self._places:
+            self._places, self._grid = places, _grid(places)
         last = interval >= intervals - self.wanted.exact_last
         for attention in {id(a): a for a in self.attentions}.values():
             attention.exact = attention.always_exact or last or interval < self.wanted.exact_first
-            attention.text_rows = text_rows
+            attention.text_rows, attention.grid = text_rows, self._grid
 
     def tell(self, report: Report) -> None:
         """What was used since the last time, for a run's report."""
@@ -96,10 +104,24 @@ class HungAttention:
         return Attention(wanted.backend, error=wanted.error, keep=wanted.keep, say=self._said.append)
 
 
+def _grid(places: Tensor | None) -> tuple[int, int] | None:
+    """Rows and columns of a picture whose tokens lie row by row, or None; asks the device once for each run."""
+    if places is None or places.shape[-1] != 3:
+        return None
+    last = places.reshape(-1, 3)[-1].tolist()
+    rows, columns = int(last[1]) + 1, int(last[2]) + 1
+    return (rows, columns) if rows * columns == places.shape[-2] and last[0] == 0 else None
+
+
 def block_names(blocks: list[nn.Module]) -> list[str]:
     """The names of a FLUX's blocks in settings' files: `double_blocks.0`, ..., `single_blocks.0`, ..."""
     doubles = sum(type(block).__name__ == "FluxTransformerBlock" for block in blocks)
     return [f"double_blocks.{i}" if i < doubles else f"single_blocks.{i - doubles}" for i in range(len(blocks))]
+
+
+def _norms(attn: Any) -> list[Any]:
+    added = [attn.norm_added_q, attn.norm_added_k] if attn.added_kv_proj_dim is not None else []
+    return [attn.norm_q, attn.norm_k, *added]
 
 
 @functools.cache
@@ -127,6 +149,15 @@ def _processor() -> type[Any]:
                 for t in flux._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
             ]
             q, k, v, *of_text = streams
+            text = tuple(of_text) if attn.added_kv_proj_dim is not None else None
+            if self.fuses(q, None if text is None else text[0], attn):
+                norms = [attn.norm_q.weight, attn.norm_k.weight, None, None]
+                if text is not None:
+                    norms[2:] = attn.norm_added_q.weight, attn.norm_added_k.weight
+                out = attend_streams(
+                    self.hasten_attention, (q, k, v), text, tuple(norms), attn.norm_q.eps, image_rotary_emb
+                )
+                return self.given_out(attn, out.flatten(2), encoder_hidden_states)
             q, k = attn.norm_q(q), attn.norm_k(k)
             if attn.added_kv_proj_dim is not None:
                 text_q, text_k, text_v = of_text
@@ -136,6 +167,17 @@ def _processor() -> type[Any]:
             if image_rotary_emb is not None:
                 q, k = (flux.apply_rotary_emb(t, image_rotary_emb, sequence_dim=1) for t in (q, k))
             out = self.hasten_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
+            return self.given_out(attn, out, encoder_hidden_states)
+
+        def fuses(self, q: Tensor, text: Tensor | None, attn: Any) -> bool:
+            """Whether norm and rotation are left to the attention. A graph asks by name: it cannot wait for a test."""
+            plain = all(type(norm) is torch.nn.RMSNorm and norm.weight is not None for norm in _norms(attn))
+            if not plain or torch.compiler.is_compiling():
+                return plain and self.hasten_attention.wanted in FUSED
+            return self.hasten_attention.fuses(asked(q, text))
+
+        def given_out(self, attn: Any, out: Tensor, encoder_hidden_states: Tensor | None) -> Any:
+            """Through the layers behind attention, where the block leaves them to it."""
             if encoder_hidden_states is None:
                 return out
             rows = encoder_hidden_states.shape[1]

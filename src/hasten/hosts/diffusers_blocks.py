@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
 from hasten import blocks
+from hasten.attention_streams import attend_rows
 from hasten.blocks import Part
 from hasten.kernels.linear import lay_together
 from hasten.kernels.plain_attention import plain_attention
@@ -63,6 +65,7 @@ class FusedDouble(nn.Module):
             nn.functional.silu(temb),
             _pairs(image_rotary_emb),
             lambda q, k, v: _attend(attn, q, k, v),
+            _attend_rows(attn),
         )
 
 
@@ -104,6 +107,7 @@ class FusedSingle(nn.Module):
             nn.functional.silu(temb),
             _pairs(image_rotary_emb),
             lambda q, k, v: _attend(attn, q, k, v),
+            _attend_rows(attn),
         )
 
 
@@ -210,6 +214,12 @@ def attention_of(attn: Any) -> tuple[Any, ...]:
     if chosen is None:
         chosen = _AttentionBackendRegistry.get_active_backend()[0]
     return (getattr(chosen, "value", chosen),)
+
+
+def _attend_rows(attn: Any) -> blocks.AttendRows | None:
+    """A recipe's attention, which may take rows as they are; None for diffusers' own."""
+    ours = getattr(attn.processor, "hasten_attention", None)
+    return None if ours is None else functools.partial(attend_rows, ours)
 
 
 def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -32,35 +32,37 @@ def attention8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, f
 
 def attention8_sparse(
     q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
-    topk: bool = True, text_rows: int = 0, scale: float | None = None, fp8: bool = True,
+    topk: bool = True, text_rows: int = 0, scale: float | None = None, fp8: bool = True, order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same over the blocks of keys that `chosen.choose` takes; keep, alike and skip_below (H,) float32."""
+    """The same over the blocks of keys that `chosen.choose` takes; keep, alike and skip_below (H,) float32.
+
+    order (N,) int32: blocks are of rows in this order, such as curve.token_order's; the result keeps the rows' own.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = torch.ops.hasten.attention8_sparse(q, k, v, keep, alike, skip_below, topk, text_rows, scale, fp8)
+    out: Tensor = torch.ops.hasten.attention8_sparse(
+        q, k, v, keep, alike, skip_below, topk, text_rows, scale, fp8, order
+    )
     return out.transpose(1, 2)
 
 
 @torch.library.custom_op("hasten::attention8", mutates_args=())
 def _attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool) -> Tensor:
     q, k, v = (_dense(t) for t in (q, k, v))
-    with _on(q):
-        eight = prepare(q, k, v, scale=scale, fp8=fp8)
-        if fp8 and q.is_cuda and _hopper_works(q.device, q.shape[-1]):
-            return attend_hopper(eight, q.dtype)
-        return attend_plain(eight, v, q.dtype, tma=fp8 and _has_tma(q.device))
+    with on_device(q):
+        return attend(prepare(q, k, v, scale=scale, fp8=fp8), v, q.dtype)
 
 
 @torch.library.custom_op("hasten::attention8_sparse", mutates_args=())
 def _attention8_sparse(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, alike: Tensor, skip_below: Tensor | None, topk: bool,
-    text_rows: int, scale: float, fp8: bool,
+    text_rows: int, scale: float, fp8: bool, order: Tensor | None,
 ) -> Tensor:  # fmt: skip
     q, k, v = (_dense(t) for t in (q, k, v))
-    with _on(q):
-        eight = prepare(q, k, v, scale=scale, fp8=fp8, means=True)
-        chosen = choose(eight, keep=keep, alike=alike, topk=topk, text_rows=text_rows)
-        tma = fp8 and skip_below is None and _has_tma(q.device)
-        return attend_plain(eight, v, q.dtype, chosen=chosen, skip_below=skip_below, tma=tma)
+    with on_device(q):
+        eight = prepare(q, k, v, scale=scale, fp8=fp8, means=True, order=order)
+        return attend_sparse(
+            eight, v, q.dtype, keep=keep, alike=alike, skip_below=skip_below, topk=topk, text_rows=text_rows
+        )
 
 
 def _like(q: Tensor, *others: Any) -> Tensor:
@@ -69,6 +71,24 @@ def _like(q: Tensor, *others: Any) -> Tensor:
 
 _attention8.register_fake(_like)
 _attention8_sparse.register_fake(_like)
+
+
+def attend(eight: Eight, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """softmax(q k^T) v by the fastest kernel here, (B, N, H, D) of `dtype`; v as in `attend_plain`."""
+    fp8, device = eight.v is not None, eight.q.device
+    if fp8 and eight.q.is_cuda and eight.order is None and _hopper_works(device, eight.q.shape[2]):
+        return attend_hopper(eight, dtype)
+    return attend_plain(eight, v, dtype, tma=fp8 and _has_tma(device))
+
+
+def attend_sparse(
+    eight: Eight, v: Tensor, dtype: torch.dtype, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
+    topk: bool = True, text_rows: int = 0,
+) -> Tensor:  # fmt: skip
+    """The same over the blocks of keys that are chosen; eight: prepared with means."""
+    chosen = choose(eight, keep=keep, alike=alike, topk=topk, text_rows=text_rows)
+    tma = eight.v is not None and skip_below is None and _has_tma(eight.q.device)
+    return attend_plain(eight, v, dtype, chosen=chosen, skip_below=skip_below, tma=tma)
 
 
 def attend_plain(
@@ -81,6 +101,7 @@ def attend_plain(
     line between powers of two, within e4m3's own rounding.
     """
     assert chosen is None or keys == BLOCK
+    assert eight.order is None or eight.v is not None
     dim = eight.q.shape[2]
     out = torch.empty((eight.batch, eight.rows, eight.heads, dim), device=eight.q.device, dtype=dtype)
     fp8 = eight.v is not None
@@ -94,11 +115,11 @@ def attend_plain(
     listed, count = (eight.q_scale, eight.q_scale) if chosen is None else (chosen.listed, chosen.count)
     _kernels().attend[((eight.rows + rows - 1) // rows, eight.batch * eight.heads)](
         q8, eight.q_scale, k8, eight.k_scale, v8, eight.v_scale if fp8 else eight.q_scale, listed, count,
-        eight.q_scale if skip_below is None else skip_below, out,
+        eight.q_scale if skip_below is None else skip_below, eight.q_scale if eight.order is None else eight.order, out,
         v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(2), out.stride(1),
         eight.heads, eight.rows, eight.padded,
         D=dim, M=rows, N=keys, FP8=fp8, LINES=lines, TAIL=eight.rows % keys != 0, TMA=tma, SPARSE=chosen is not None,
-        SKIP=skip_below is not None, STAGES=stages, num_warps=warps, num_stages=stages,
+        SKIP=skip_below is not None, STAGES=stages, ORDER=eight.order is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -178,7 +199,7 @@ def _dense(t: Tensor) -> Tensor:
     return t if fits else t.contiguous()
 
 
-def _on(q: Tensor) -> Any:
+def on_device(q: Tensor) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
 

@@ -72,15 +72,17 @@ def _step(
 
 @triton.jit
 def attend(
-    q8, q_scale, k8, k_scale, v, v_scale, listed, count, skip_below, out,
+    q8, q_scale, k8, k_scale, v, v_scale, listed, count, skip_below, order, out,
     v_batch, v_head, v_row, out_batch, out_head, out_row, heads, rows, padded,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr, TAIL: tl.constexpr,
     TMA: tl.constexpr, SPARSE: tl.constexpr, SKIP: tl.constexpr, STAGES: tl.constexpr,
+    ORDER: tl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v for M rows of one head. q_scale holds the softmax scale and log2 e.
 
     SPARSE: over the blocks of keys in `listed` (B H, P / 128, P / 128), `count` of them. SKIP: a block whose largest
     score lies further below the row's largest so far than skip_below (H,) in powers of two, for all M rows, is left.
+    ORDER: the row at place i goes to order[i].
     """
     start = tl.program_id(0) * M
     batch_head = tl.program_id(1).to(tl.int64)
@@ -129,5 +131,6 @@ def attend(
                 v_base, v_row, D, M, N, FP8, LINES, True, TMA,
             )  # fmt: skip
     acc *= (v_before / total)[:, None]
-    place = out + batch * out_batch + head * out_head + at[:, None].to(tl.int64) * out_row + cols[None, :]
+    to = tl.load(order + at, mask=at < rows, other=0) if ORDER else at
+    place = out + batch * out_batch + head * out_head + to[:, None].to(tl.int64) * out_row + cols[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(at < rows)[:, None])

@@ -46,6 +46,7 @@ class Eight:
     """What `prepare` leaves: int8 q and k (B H, P, D), e4m3 v turned (B H, D, P), P a multiple of 128; float32 steps.
 
     q_scale (B H, P) holds the softmax scale and log2 e; k_scale and v_scale (B H, P / 128).
+    order: see `prepare`; what is attended to comes back in the rows' own order.
     """
 
     q: Tensor
@@ -59,6 +60,7 @@ class Eight:
     heads: int
     rows: int
     scale: float
+    order: Tensor | None = None
 
     @property
     def padded(self) -> int:
@@ -79,11 +81,13 @@ class Means:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, fp8: bool = True, means: bool = False,
     text: tuple[Tensor, Tensor, Tensor] | None = None, norm: Norm | None = None, rope: Rope | None = None,
-    warps: int | None = None,
+    warps: int | None = None, own: bool = False,
+    order: Tensor | None = None,
 ) -> Eight:  # fmt: skip
     """q, k, v, each (B, H, N, D) with any strides but a dense last one, in 8 bits; `text`'s rows come first.
 
     norm and rope are taken on the way, in float32, where they are given. scale: the softmax's, 1 / sqrt(D) by default.
+    order (N,) int32: which row is read at each place, all of them once; the text's first, as they are.
     """
     batch, heads, image_rows, dim = q.shape
     text_rows = 0 if text is None else text[0].shape[2]
@@ -105,23 +109,26 @@ def prepare(
     if norm is not None:
         gains = (norm.q, norm.k, *(norm.q if w is None else w for w in (norm.text_q, norm.text_k)))
     cos, sin = (mean, mean) if rope is None else (rope.cos, rope.sin)
-    pairs = (cos.stride(0), 1 if cos.shape[-1] * 2 == dim else 2)
+    assert cos.stride() == sin.stride()
+    pairs = (cos.stride(0), cos.stride(1) * (1 if cos.shape[-1] * 2 == dim else 2))
     eps = 0.0 if norm is None else norm.eps
     options: dict[str, Any] = {"D": dim, "NORM": norm is not None, "ROPE": rope is not None, "TEXT": text is not None}
     kernels = _kernels()
-    kernels.key_mean[(both,)](
-        k, texts[1], gains[1], gains[3], cos, sin, mean, *k.stride()[:3], *texts[1].stride()[:3], *pairs, heads, rows,
-        text_rows, eps, **options, num_warps=8,
-    )  # fmt: skip
+    if not own:
+        kernels.key_mean[(both,)](
+            k, texts[1], gains[1], gains[3], cos, sin, mean, *k.stride()[:3], *texts[1].stride()[:3], *pairs, heads,
+            rows, text_rows, eps, **options, num_warps=8,
+        )  # fmt: skip
     kernels.prepare[(blocks, both, 3 if fp8 else 2)](
-        q, k, v, *texts, *gains, cos, sin, mean, q8, q_scale, k8, k_scale, q8 if v8 is None else v8, v_scale, *small,
+        q, k, v, *texts, *gains, cos, sin, q_scale if order is None else order, mean, q8, q_scale, k8,
+        k_scale, q8 if v8 is None else v8, v_scale, *small,
         *(t.stride(i) for t in (q, k, v, *texts) for i in range(3)), *pairs, heads, rows, padded, text_rows,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e), eps, **options, FP8=fp8, SPARSE=means,
-        num_warps=warps or (4 if rope is None else 8),
+        OWN_MEAN=own, ORDER=order is not None, num_warps=warps or (4 if rope is None else 8),
     )  # fmt: skip
     return Eight(
         q8, q_scale, k8, k_scale, v8, v_scale if fp8 else None, found, batch, heads, rows,
-        dim**-0.5 if scale is None else scale,
+        dim**-0.5 if scale is None else scale, order,
     )  # fmt: skip
 
 

@@ -80,14 +80,17 @@ def key_mean(
 @triton.jit
 def prepare(
     q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin,
-    mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
+    order, mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row, tv_batch, tv_head, tv_row,
     cos_stride, cos_pair, heads, rows, padded, text_rows, scale, eps,
     D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr, FP8: tl.constexpr,
-    SPARSE: tl.constexpr,
+    SPARSE: tl.constexpr, OWN_MEAN: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One block of 128 rows of one head of q (axis 2 is 0), k (1) or v (2), in 8 bits with its scales."""
+    """One block of 128 rows of one head of q (axis 2 is 0), k (1) or v (2), in 8 bits with its scales.
+
+    ORDER: place i holds the row order[i] (rows,) int32.
+    """
     block = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
@@ -96,10 +99,12 @@ def prepare(
     here = tl.arange(0, BLOCK)
     at = block * BLOCK + here
     inside = at < rows
+    source = tl.load(order + at, mask=inside, other=0) if ORDER else at
     if which == 0:
         value = _rows(
             q + batch * q_batch + head * q_head, text_q + batch * tq_batch + head * tq_head, q_weight, text_q_weight,
-            cos, sin, at, inside, cols, q_row, tq_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
+            cos, sin, source, inside, cols, q_row, tq_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE,
+            TEXT,
         )  # fmt: skip
         if SPARSE:
             _means(value, inside, q_mean, q_alike, batch_head * (padded // BLOCK) + block, cols, D)
@@ -112,10 +117,19 @@ def prepare(
         key = k + batch * k_batch + head * k_head
         text_key = text_k + batch * tk_batch + head * tk_head
         value = _rows(
-            key, text_key, k_weight, text_k_weight, cos, sin, at, inside, cols, k_row, tk_row, cos_stride, cos_pair,
+            key, text_key, k_weight, text_k_weight, cos, sin, source, inside, cols, k_row, tk_row, cos_stride, cos_pair,
             text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
         )  # fmt: skip
-        value = tl.where(inside[:, None], value - tl.load(mean + batch_head * D + cols)[None, :], 0.0)
+        if OWN_MEAN:
+            some = (here.to(tl.int64) * rows // BLOCK).to(tl.int32)
+            others = _rows(
+                key, text_key, k_weight, text_k_weight, cos, sin, some, some < rows, cols, k_row, tk_row, cos_stride,
+                cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
+            )  # fmt: skip
+            centre = tl.sum(others, 0) / BLOCK
+        else:
+            centre = tl.load(mean + batch_head * D + cols)
+        value = tl.where(inside[:, None], value - centre[None, :], 0.0)
         if SPARSE:
             _means(value, inside, k_mean, k_alike, batch_head * (padded // BLOCK) + block, cols, D)
         k_step = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 127.0
@@ -126,9 +140,11 @@ def prepare(
         # for thread, what the tensor cores want as the left side of P V.
         shuffled = here // 16 * 16 + here % 4 // 2 * 8 + here % 16 // 4 * 2 + here % 2
         at_v = block * BLOCK + shuffled
+        inside_v = at_v < rows
+        source_v = tl.load(order + at_v, mask=inside_v, other=0) if ORDER else at_v
         value = _rows(
             v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, q_weight, q_weight,
-            cos, sin, at_v, at_v < rows, cols, v_row, tv_row, 0, 0, text_rows, eps, D, BLOCK, False, False, TEXT,
+            cos, sin, source_v, inside_v, cols, v_row, tv_row, 0, 0, text_rows, eps, D, BLOCK, False, False, TEXT,
         )  # fmt: skip
         v_step = tl.maximum(tl.max(tl.abs(value)), 1e-6) / 448.0
         turned = tl.trans((value * (1.0 / v_step)).to(tl.float8e4nv))

@@ -169,6 +169,11 @@ def _streams(rows: Tensor, batch: int, length: int, joint: bool) -> tuple[Tensor
     return text.view(batch, length, width), image.view(batch, total - length, width)
 
 
+def streams_of(qkv: Tensor, inner: int, batch: int, length: int, joint: bool) -> tuple[Tensor, Tensor]:
+    """Text's and image's queries, keys and values, (B, L, 3 * inner) and (B, N, 3 * inner), as views of such rows."""
+    return _streams(qkv[:, : 3 * inner], batch, length, joint)
+
+
 def _finish(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype in LIMITS:
         return quantise(values, dtype)
