@@ -124,6 +124,16 @@ def lacks(package: str, attribute: str = "") -> str | None:
     return None
 
 
+def _kitchen_refuses(ask: Ask) -> str | None:
+    reason = _takes(capability=(7, 5), largest=256, package="comfy_kitchen", attribute="int8_attention")(ask)
+    available = (
+        None if reason else getattr(importlib.import_module("comfy_kitchen"), "int8_attention_is_available", None)
+    )
+    if available is not None and not available(ask.device):
+        return "this comfy_kitchen's compiled part does not take this GPU"
+    return reason
+
+
 def _ours(capability: tuple[int, int]) -> Callable[[Ask], str | None]:
     rule = _takes(capability=capability, dims=(64, 128), package="triton", square=True)
     return lambda ask: rule(ask) or (None if ask.heads * ask.rows < 2**31 // 128 else "the call is too long for it")
@@ -279,10 +289,7 @@ BACKENDS: dict[str, Backend] = {
             "sage", "SageAttention, its package", FP8,
             _takes(dims=(64, 96, 128), package="sageattention", attribute="sageattn"), _sage,
         ),
-        Backend(
-            "kitchen", "comfy-kitchen's int8", FP8,
-            _takes(capability=(7, 5), largest=256, package="comfy_kitchen", attribute="int8_attention"), _kitchen,
-        ),
+        Backend("kitchen", "comfy-kitchen's int8", FP8, _kitchen_refuses, _kitchen),
         Backend("int8", "ours, int8 and 16 bits", INT8, _ours((7, 5)), _int8, _eight_fused(False)),
         Backend("int8_fp8", "ours, int8 and fp8", FP8, _ours((8, 9)), _int8_fp8, _eight_fused(True)),
         Backend(
