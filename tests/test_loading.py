@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_files, make_tiny_flux, tiny_pipeline
 
-from hasten.loading import Model, check_model, default_side, load_painter, model_label
+from hasten.loading import Habits, Model, check_model, habits, load_painter, model_label
 from hasten.machine import dtype_works, pick_device, pick_dtype
 from hasten.painter import FluxPainter, Request
 from hasten.recipe import Recipe
@@ -52,7 +52,7 @@ def painted(model: Model, dtype: torch.dtype = torch.float32) -> np.ndarray:
 def test_a_folder_draws(folder: Path) -> None:
     painter = load_painter(Model(str(folder)), device=CPU, dtype=torch.float32)
     assert (painter.model, painter.device, painter.dtype) == ("tiny", "cpu", "float32")
-    assert default_side(painter) == 256 and painter.text_tokens == 64
+    assert habits(painter) == Habits(256, 64, steps=28, guidance=3.5) and painter.text_tokens == 64
     assert painter.paint(SMALL, NONE).images[0].size == (32, 32)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from hasten.anatomy import flux, sana
+from hasten.plan import fitted_to
 from hasten.recipe import METHODS, Cache, Recipe, Skip, recipe_names
 from hasten.unused import FORECAST_BY, TAKEN_BY, unused
 
@@ -330,3 +332,30 @@ def test_settings_that_nothing_looks_at_are_named() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_set_nothing_in_vain(name: str) -> None:
     assert unused(Recipe.load(name).cache) == []
+
+
+SANA = {"schema": 1, "cache": {"method": "schedule", "steps": [0, 2], "of": 4, "sana": {"steps": [0, 1, 3]}}}
+
+
+def test_sana_has_cache_settings_of_its_own(tmp_path: Path) -> None:
+    recipe = Recipe.from_dict(SANA)
+    assert recipe.cache.steps == (0, 2) and recipe.sana == dataclasses.replace(recipe.cache, steps=(0, 1, 3))
+    assert recipe.to_dict() == SANA
+    (tmp_path / "mine.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.load(tmp_path / "mine.toml") == recipe
+    for family, steps in ((flux(2, 2), (0, 2)), (sana(4), (0, 1, 3))):
+        fitted, said = fitted_to(recipe, family)
+        assert (fitted.cache.steps, fitted.sana, said) == (steps, None, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"sana": 3}, r"\[cache.sana\] is 3"),
+        ({"sana": {"stepz": [1]}}, r"\[cache.sana\] has no 'stepz'|did you mean 'steps'"),
+        ({"sana": {"method": "schedule"}}, "cache.steps is empty"),
+    ],
+)
+def test_what_is_wrong_in_sanas_own_settings_is_said(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Recipe.from_dict({"schema": 1, "cache": given})

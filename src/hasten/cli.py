@@ -37,7 +37,8 @@ P = ParamSpec("P")
 ModelName = Annotated[
     str | None,
     typer.Option(
-        "--model", help="A diffusers folder, a hub name or a .safetensors transformer; flux-nano if left out."
+        "--model",
+        help="A diffusers folder, a hub name, sana-nano or a .safetensors transformer; flux-nano if left out.",
     ),
 ]
 TransformerFile = Annotated[Path | None, typer.Option("--transformer", help="ComfyUI-style transformer .safetensors.")]
@@ -48,12 +49,18 @@ TokenizersPlace = Annotated[
     str | None,
     typer.Option("--tokenizers", help="For single files: a FLUX or ComfyUI folder or a hub name that has tokenizers."),
 ]
-Steps = Annotated[int, typer.Option("--steps", help="Denoising steps.")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", help="Denoising steps; 28 if left out, 20 for Sana, 2 for Sprint.")
+]
 Size = Annotated[
-    str | None, typer.Option("--size", help="WxH, divisible by 16; 256x256 for flux-nano, else 1024x1024.")
+    str | None,
+    typer.Option("--size", help="WxH, divisible by 16 (Sana: 32); 256x256 for the nano models, else 1024x1024."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The noise that the picture begins with.")]
-Guidance = Annotated[float, typer.Option("--guidance", help="Embedded guidance of FLUX.1-dev.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", help="FLUX.1-dev's embedded one, 3.5 if left out; Sana's own, 4.5 if left out."),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cuda, cuda:N, mps or cpu.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no remarks; errors still come.")]
@@ -108,10 +115,10 @@ def generate(
     recipe: Annotated[
         str, typer.Option("--recipe", help="A shipped name, a .toml or .json file, or none.")
     ] = "balanced",
-    steps: Steps = 28,
+    steps: Steps = None,
     size: Size = None,
     seed: Seed = 0,
-    guidance: Guidance = 3.5,
+    guidance: Guidance = None,
     batch: Annotated[int, typer.Option("--batch", help="Pictures to draw at once; seeds count up.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -173,10 +180,10 @@ def compare(
         typer.Option("--recipe", help="A recipe to show; may be given again. All shipped if left out."),
     ] = None,
     model: ModelName = None,
-    steps: Steps = 28,
+    steps: Steps = None,
     size: Size = None,
     seed: Seed = 0,
-    guidance: Guidance = 3.5,
+    guidance: Guidance = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="A contact sheet of all pictures, .png.")] = None,
@@ -236,20 +243,22 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show every shipped recipe on the small model that comes along: a page and a sheet of pictures."""
+    """Show every shipped recipe on the small models that come along: a page and a sheet of pictures."""
     from hasten import demo as work
     from hasten.loading import Model
 
     screen = Screen(quiet=quiet, as_json=as_json)
     work.check_demo_folder(out)
     painter = _painter(screen, Model(model), device, dtype)
+    other = _painter(screen, Model(work.OTHER_MODEL), device, dtype) if model is None else None
     with screen.progress() as progress:
-        shown = work.run_demo(painter, full=full, progress=progress)
+        shown = work.run_demo(painter, full=full, other=other, progress=progress)
     page, sheet = work.write_demo(shown, out)
     if as_json:
         print(json.dumps({"page": str(page), "sheet": str(sheet), **shown.to_dict()}, indent=2))
         return
-    screen.table(shown.averages, shown.circumstances)
+    for part in shown.parts:
+        screen.table(part.averages, part.circumstances)
     screen.say(f"the page:  {page.resolve().as_uri()}")
     screen.say(f"the sheet: {sheet}")
 
@@ -261,10 +270,10 @@ def calibrate(
         list[str] | None, typer.Argument(help="Prompts in quotes, three to ten; the demo's six if left out.")
     ] = None,
     model: ModelName = None,
-    steps: Steps = 28,
+    steps: Steps = None,
     size: Size = None,
     seed: Seed = 0,
-    guidance: Guidance = 3.5,
+    guidance: Guidance = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="The recipe file, .toml; printed if left out.")] = None,
@@ -313,10 +322,10 @@ def tune_attention(
     model: ModelName = None,
     l1: Annotated[float, typer.Option("--l1", help="How far a head may be off, relative.")] = 0.06,
     pv_l1: Annotated[float, typer.Option("--pv-l1", help="The same with small weights skipped; above l1.")] = 0.065,
-    steps: Steps = 28,
+    steps: Steps = None,
     size: Size = None,
     seed: Seed = 0,
-    guidance: Guidance = 3.5,
+    guidance: Guidance = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     transformer: TransformerFile = None,
@@ -428,13 +437,16 @@ def _painter(
 
 def _request_maker(prompt: str, size: str | None, options: dict[str, Any]) -> Callable[[FluxPainter | None], Any]:
     """Makes the request; without a painter only to see whether it is a right one."""
-    from hasten.loading import default_side
+    from hasten.loading import SMALL, habits
     from hasten.painter import Request
 
     def make(painter: FluxPainter | None) -> Any:
-        side = default_side(painter) if painter is not None else 256
-        width, height = (side, side) if size is None else _parsed_size(size)
-        return Request(prompt, width=width, height=height, **options)
+        usual = SMALL if painter is None else habits(painter)
+        width, height = (usual.side, usual.side) if size is None else _parsed_size(size)
+        given = {name: value for name, value in options.items() if value is not None}
+        return Request(
+            prompt, width=width, height=height, **{"steps": usual.steps, "guidance": usual.guidance, **given}
+        )
 
     return make
 

@@ -200,7 +200,8 @@ def warm_up(painter: Painter, request: Request, recipes: Sequence[Recipe]) -> No
     it ever sums up: for each number of them a kernel is compiled. Recipes that are warmed by the same run share it.
     """
     painter.paint(request.with_steps(1), Recipe.load("none"))
-    for short, steps in dict.fromkeys(warming(recipe) for recipe in recipes):
+    own = [replace(recipe, cache=recipe.sana) for recipe in recipes if recipe.sana is not None]
+    for short, steps in dict.fromkeys(warming(recipe) for recipe in (*recipes, *own)):
         if short != Recipe():
             painter.paint(request.with_steps(steps), short)
 

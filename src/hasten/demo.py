@@ -1,4 +1,4 @@
-"""The first thing a newcomer runs: a small FLUX drawn under every shipped recipe, beside itself.
+"""The first thing a newcomer runs: a small FLUX and a small Sana drawn under every shipped recipe, beside themselves.
 
 It chooses prompts, sizes and recipes, and gathers what page.py and sheet.py show; a Painter draws.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,23 @@ PROMPTS = (
 # The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
 QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 28
 FULL_SIDE, FULL_STEPS = 256, 28
+# Shown beside the first one: what it was trained for, one prompt unless all are asked for.
+OTHER_MODEL, OTHER_SIDE, OTHER_STEPS, OTHER_GUIDANCE = "sana-nano", 256, 20, 4.5
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything that the page and the sheet show."""
+    """Everything that the page and the sheet show. other: the same of another model."""
 
     painter: Painter
     showings: list[Showing]
     descriptions: dict[str, str]
+    other: Demo | None = None
+
+    @property
+    def parts(self) -> list[Demo]:
+        """This, and the other model's."""
+        return [self] if self.other is None else [self, self.other]
 
     @property
     def averages(self) -> list[Average]:
@@ -74,15 +82,28 @@ class Demo:
             "dtype": self.painter.dtype,
             "averages": [average.to_dict() for average in self.averages],
             "showings": [showing.to_dict() for showing in self.showings],
+            **({"other": self.other.to_dict()} if self.other else {}),
         }
 
 
-def run_demo(painter: Painter, *, full: bool = False, progress: Progress | None = None) -> Demo:
-    """Draws every prompt plainly, under each shipped recipe, and in as many plain steps as each one computed."""
+def run_demo(
+    painter: Painter, *, full: bool = False, other: Painter | None = None, progress: Progress | None = None
+) -> Demo:
+    """Draws every prompt plainly, under each shipped recipe, and in as many plain steps as each one computed.
+
+    other: draws the first prompt too, or all of them, as sana-nano likes it.
+    """
     side, steps = (FULL_SIDE, FULL_STEPS) if full else (QUICK_SIDE, QUICK_STEPS)
     prompts = PROMPTS if full else PROMPTS[:QUICK_PROMPTS]
     requests = [Request(prompt, steps=steps, width=side, height=side) for prompt in prompts]
-    return show(painter, requests, recipe_names(), progress=progress)
+    shown = show(painter, requests, recipe_names(), progress=progress)
+    if other is None:
+        return shown
+    also = [
+        Request(prompt, steps=OTHER_STEPS, width=OTHER_SIDE, height=OTHER_SIDE, guidance=OTHER_GUIDANCE)
+        for prompt in (PROMPTS if full else PROMPTS[:1])
+    ]
+    return replace(shown, other=show(other, also, recipe_names(), progress=progress))
 
 
 def show(
@@ -116,7 +137,9 @@ def sheet_of(demo: Demo) -> Any:
     """The contact sheet, a PIL image."""
     from hasten.sheet import contact_sheet
 
-    return contact_sheet(demo.showings, title="hasten: the same seed, computed less", subtitle=demo.circumstances)
+    return contact_sheet(
+        [(part.circumstances, part.showings) for part in demo.parts], title="hasten: the same seed, computed less"
+    )
 
 
 def check_demo_folder(folder: Path) -> None:

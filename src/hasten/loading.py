@@ -33,7 +33,6 @@ UNLOADABLE = (
     *(pickle.UnpicklingError, EOFError),
 )
 FLUX_TEXT_WIDTH = 4096  # of T5-xxl, which every FLUX.1 reads; a narrower one is a small FLUX such as flux-nano
-SMALL, LARGE = (256, 64), (1024, 512)  # pixels a side, T5 tokens
 SANA_TOKENS = 300  # of Gemma, behind the instruction
 
 
@@ -55,6 +54,19 @@ class Model:
         if self.name and Path(self.name).suffix.lower() == ".safetensors":
             given["transformer"] = given["transformer"] or Path(self.name)
         return {kind: path for kind, path in given.items() if path is not None}
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What is drawn when nothing else is asked for: pixels a side, text tokens, steps, guidance."""
+
+    side: int
+    text_tokens: int
+    steps: int = 28
+    guidance: float = 3.5
+
+
+SMALL, LARGE = Habits(256, 64), Habits(1024, 512)
 
 
 def check_model(model: Model) -> None:
@@ -96,12 +108,12 @@ def load_painter(model: Model, *, device: Any, dtype: Any, recipe: Recipe | None
     # Our own bars are drawn by the command line.
     pipe.set_progress_bar_config(disable=True)
     kind = SanaPainter if _is_sana(pipe) else FluxPainter
-    return kind(pipe, model=model_label(model), text_tokens=_habits(pipe)[1])
+    return kind(pipe, model=model_label(model), text_tokens=_habits(pipe).text_tokens)
 
 
-def default_side(painter: FluxPainter) -> int:
-    """How many pixels a side a picture has when no size is asked for: 256 for a small FLUX, else 1024; Sana's own."""
-    return _habits(painter.pipe)[0]
+def habits(painter: FluxPainter) -> Habits:
+    """The painter's model's: 256 pixels for a small FLUX, else 1024; Sana's own."""
+    return _habits(painter.pipe)
 
 
 def model_label(model: Model) -> str:
@@ -117,11 +129,12 @@ def _is_sana(pipe: Any) -> bool:
     return type(pipe).__name__ in SANA
 
 
-def _habits(pipe: Any) -> tuple[int, int]:
-    if _is_sana(pipe):
-        config = pipe.transformer.config
-        return config.sample_size * MULTIPLE, SANA_TOKENS if config.caption_channels >= GEMMA_WIDTH else SMALL[1]
-    return SMALL if pipe.transformer.config.joint_attention_dim < FLUX_TEXT_WIDTH else LARGE
+def _habits(pipe: Any) -> Habits:
+    config = pipe.transformer.config
+    if not _is_sana(pipe):
+        return SMALL if config.joint_attention_dim < FLUX_TEXT_WIDTH else LARGE
+    tokens = SANA_TOKENS if config.caption_channels >= GEMMA_WIDTH else SMALL.text_tokens
+    return Habits(config.sample_size * MULTIPLE, tokens, steps=2 if config.guidance_embeds else 20, guidance=4.5)
 
 
 def _folder_of(name: str | None) -> Path | None:

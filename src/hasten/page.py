@@ -47,6 +47,7 @@ def page(demo: Demo) -> str:
     steps = demo.showings[0].request.steps
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     sections = "\n".join(_section(demo, showing) for showing in demo.showings)
+    other = "" if demo.other is None else _other(demo.other)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -72,6 +73,7 @@ and what it cost.</p>
 {_chart(demo.averages)}
 </section>
 {sections}
+{other}
 <section>
 <h2>What the figures mean</h2>
 <dl>
@@ -84,6 +86,18 @@ change a little from run to run; the pictures do not.</footer>
 </body>
 </html>
 """
+
+
+def _other(demo: Demo) -> str:
+    """Another model's part of the page."""
+    sections = "\n".join(_section(demo, showing) for showing in demo.showings)
+    return f"""<section>
+<h2>The same on {escape(demo.painter.model)}</h2>
+<p class="circumstances">{escape(demo.circumstances)}</p>
+{_table(demo)}
+{_chart(demo.averages)}
+</section>
+{sections}"""
 
 
 def _table(demo: Demo) -> str:

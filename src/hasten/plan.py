@@ -89,7 +89,9 @@ def make_plan(recipe: Recipe, anatomy: Anatomy) -> Plan:
 
 
 def fitted_to(recipe: Recipe, anatomy: Anatomy) -> tuple[Recipe, list[str]]:
-    """The recipe without numbers that were fitted to another family's model, and what to say of that."""
+    """The recipe as this family's models take it, without numbers that were fitted to another's, and what to say."""
+    if recipe.sana is not None:
+        recipe = replace(recipe, cache=recipe.sana if anatomy.family == "sana" else recipe.cache, sana=None)
     cache = recipe.cache
     if cache.method != "teacache" or cache.coefficients != TEACACHE_FLUX or anatomy.family == "flux":
         return recipe, []

@@ -278,9 +278,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that is wanted of one model's runs; immutable, comparable, deep-copied for free."""
+    """Everything that is wanted of one model's runs; immutable, comparable, deep-copied for free.
+
+    sana: what stands in the place of `cache` on Sana, for its velocity changes at other times than FLUX's. Written as
+    [cache.sana], which names only what differs.
+    """
 
     cache: Cache = field(default_factory=Cache)
+    sana: Cache | None = None
     tokens: Tokens = field(default_factory=Tokens)
     skip: Skip = field(default_factory=Skip)
     attention: Attention = field(default_factory=Attention)
@@ -337,12 +342,14 @@ class Recipe:
             raise ValueError(f"the recipe has no schema: add the line `schema = {SCHEMA}`.")
         if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
             raise ValueError(f"the recipe's schema is {data['schema']!r}: this version reads schema {SCHEMA}.")
-        known("the recipe", data, [f.name for f in fields(cls)])
+        known("the recipe", data, [f.name for f in fields(cls) if f.name != "sana"])
         for key in ("description", "name"):
             if not isinstance(data.get(key, ""), str):
                 raise ValueError(f"{key} is {data[key]!r}: a text in quotes is expected.")
+        cache, sana = _caches(data.get("cache", {}))
         return cls(
-            cache=_section("cache", data.get("cache", {}), Cache),
+            cache=cache,
+            sana=sana,
             tokens=_section("tokens", data.get("tokens", {}), Tokens),
             skip=_section("skip", data.get("skip", {}), Skip),
             attention=_section("attention", data.get("attention", {}), Attention),
@@ -361,6 +368,8 @@ class Recipe:
             out["description"] = self.description
         for section in ("cache", "tokens", "skip", "attention", "compile", "quantize"):
             changed = _changed(getattr(self, section))
+            if section == "cache" and self.sana is not None:
+                changed["sana"] = _changed(self.sana, self.cache)
             if changed:
                 out[section] = changed
         return out
@@ -372,7 +381,10 @@ class Recipe:
         for section, values in self.to_dict().items():
             if isinstance(values, dict):
                 lines += ["", f"[{section}]"]
-                lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+                lines += [f"{key} = {_toml(value)}" for key, value in values.items() if not isinstance(value, dict)]
+                for key, inner in values.items():
+                    if isinstance(inner, dict):
+                        lines += ["", f"[{section}.{key}]", *(f"{k} = {_toml(v)}" for k, v in inner.items())]
         return "\n".join(lines) + "\n"
 
 
@@ -404,6 +416,17 @@ def _from_file(path: Path) -> Recipe:
     return recipe if recipe.name else dataclasses.replace(recipe, name=path.stem)
 
 
+def _caches(data: object) -> tuple[Cache, Cache | None]:
+    """[cache], and what [cache.sana] makes of it, or None."""
+    if not isinstance(data, Mapping) or "sana" not in data:
+        return _section("cache", data, Cache), None
+    common = {key: value for key, value in data.items() if key != "sana"}
+    own = data["sana"]
+    if not isinstance(own, Mapping):
+        raise ValueError(f"[cache.sana] is {own!r}: a table of keys is expected.")
+    return _section("cache", common, Cache), _section("cache.sana", {**common, **own}, Cache)
+
+
 def _section(name: str, data: object, kind: type[Any]) -> Any:
     if not isinstance(data, Mapping):
         raise ValueError(f"[{name}] is {data!r}: a table of keys is expected.")
@@ -417,11 +440,12 @@ def _toml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _changed(section: Any) -> dict[str, Any]:
+def _changed(section: Any, against: Any = None) -> dict[str, Any]:
+    """What differs from the defaults, or from another section."""
     plain: dict[str, Any] = {}
     for f in fields(section):
         value = getattr(section, f.name)
-        if value != f.default:
+        if value != (f.default if against is None else getattr(against, f.name)):
             plain[f.name] = _listed(value)
     return plain
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CELL = 256  # pixels across a picture
 GAP = 20
 MARGIN = 40
+TITLE, HEADING = 42, 42  # pixels: the sheet's title, and a model's line
 CAPTION = 84  # pixels under a picture: name, figures, strip
 
 PAPER, INK, MUTED, RULE = "#faf9f7", "#1c1b1a", "#6d6a65", "#e3e0da"
@@ -25,21 +26,26 @@ COMPUTED, PARTIAL, REUSED, RIVAL = "#1f6f5c", "#7fb3a1", "#cfe3da", "#9a5b2b"
 COLOURS = {"C": COMPUTED, "P": PARTIAL, ".": REUSED}
 
 
-def contact_sheet(showings: Sequence[Showing], *, title: str, subtitle: str) -> Image:
-    """One sheet: a column for the plain run and each recipe, and under each recipe its rival in plain steps."""
+def contact_sheet(parts: Sequence[tuple[str, Sequence[Showing]]], *, title: str) -> Image:
+    """One sheet: a column for the plain run and each recipe, and under each recipe its rival in plain steps.
+
+    parts: one for each model, what it is in a line and what it drew.
+    """
     from PIL import Image, ImageDraw
 
-    columns = max(len(showing.rows) for showing in showings)
+    columns = max(len(showing.rows) for _, showings in parts for showing in showings)
     width = 2 * MARGIN + columns * CELL + (columns - 1) * GAP
-    heights = [_height(showing) for showing in showings]
-    sheet = Image.new("RGB", (width, MARGIN + 84 + sum(heights) + MARGIN), PAPER)
+    heights = [HEADING + sum(_height(showing) for showing in showings) for _, showings in parts]
+    sheet = Image.new("RGB", (width, 2 * MARGIN + TITLE + sum(heights)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN - 8), title, INK, font=_font(30))
-    pen.text((MARGIN, MARGIN + 34), _fitted(pen, subtitle, width - 2 * MARGIN, 15), MUTED, font=_font(15))
-    y = MARGIN + 84
-    for showing, height in zip(showings, heights, strict=True):
-        _showing(sheet, pen, showing, y, width)
-        y += height
+    y = MARGIN + TITLE
+    for words, showings in parts:
+        pen.text((MARGIN, y + 4), _fitted(pen, words, width - 2 * MARGIN, 15), MUTED, font=_font(15))
+        y += HEADING
+        for showing in showings:
+            _showing(sheet, pen, showing, y, width)
+            y += _height(showing)
     return sheet
 
 

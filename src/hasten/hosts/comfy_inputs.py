@@ -123,7 +123,7 @@ def with_threshold(recipe: Recipe, threshold: float) -> tuple[Recipe, list[str]]
         return recipe, []
     if recipe.cache.method not in DEFAULT_THRESHOLDS:
         return recipe, [f"the threshold is not used: the recipe's method is {recipe.cache.method}"]
-    changed = replace(recipe, cache=replace(recipe.cache, threshold=threshold, thresholds=()))
+    changed = replace(recipe, cache=replace(recipe.cache, threshold=threshold, thresholds=()), sana=None)
     return changed, teacache_remarks(threshold) if recipe.cache.method == "teacache" else []
 
 

@@ -42,8 +42,8 @@ class Run:
             name = getattr(to["easycache"], "name", "EasyCache")
             raise ValueError(f"ComfyUI's own {name} node is in charge of this model; bypass one of the two")
         anatomy = anatomy_of(patcher.model.diffusion_model)
-        recipe, self.remarks = fitted(Recipe.load(settings["recipe"]), anatomy)
-        recipe, remarks = fitted_to(recipe, anatomy)
+        recipe, self.remarks = fitted_to(Recipe.load(settings["recipe"]), anatomy)
+        recipe, remarks = fitted(recipe, anatomy)
         self.remarks += remarks
         if settings.get("percents"):
             recipe = with_percents(recipe, settings["percents"], patcher.get_model_object("model_sampling"))

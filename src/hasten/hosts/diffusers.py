@@ -86,9 +86,10 @@ class Handle:
         self.transformer: Any = _unwrapped(transformer)  # Any: torch knows a module's own attributes as its kinds only
         self._door = transformer  # what is called: torch.compile's wrapper where there is one
         self.family = family_of(self.transformer)
+        recipe, self.remarks = fitted_to(recipe, self.family.anatomy)
+        self.recipe = recipe
         self.plan = make_plan(recipe, self.family.anatomy)
         self.insides = Insides(self.transformer, self.plan) if self.plan.ratios else None
-        self.recipe, self.remarks = fitted_to(recipe, self.family.anatomy)
         self.watch: Watch | None = None
         self._finished: deque[Report] = deque(maxlen=REPORTS)
         self._session: Session | None = None
