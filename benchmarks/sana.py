@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny": {"num_layers": 2, "num_attention_heads": 2, "num_cross_attention_heads": 2, "cross_attention_dim": 64,
              "cross_attention_head_dim": 32, "caption_channels": 32},
 }  # fmt: skip
-BLOCKS = {"blocks": True, "replay": True}
+BLOCKS = {"blocks": True}
 COMPILED = {**BLOCKS, "decoder": True, "text": True}
 # A way of drawing: recipe, [compile] and [quantize].
 WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
@@ -54,7 +54,7 @@ WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "all compiled, fast": ("fast", COMPILED, {}),
     "all compiled, 8 bits": (None, COMPILED, {"format": "auto"}),
     "all compiled, 8 bits, balanced": ("balanced", COMPILED, {"format": "auto"}),
-    "blocks compiled, not replayed": (None, {"blocks": True}, {}),
+    "blocks compiled, not replayed": (None, {"blocks": True, "cuda_graph": "never"}, {}),
     "blocks compiled, not fused": (None, {"blocks": True, "fuse": "never"}, {}),
 }
 
