@@ -450,3 +450,27 @@ def test_a_quantised_clone_is_compiled_block_by_block(rig: Any) -> None:
     compiled, said = comfy_compile.compile_blocks(quantised, backend="eager")
     assert "blocks are compiled" in said
     assert float((rig.sample(compiled) - plain).norm() / plain.norm()) < 1e-3
+
+
+def test_a_model_quantised_as_it_is_loaded(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.sd
+
+    from hasten.hosts import comfy_sana_nodes
+    from hasten.hosts.comfy_compile_nodes import LoadDiffusionModel8Bit as Node
+
+    plain, said = rig.tiny_model(), []
+    stock, with_a_lora = rig.sample(plain), rig.sample(with_lora(plain))
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda path: rig.tiny_model())
+    monkeypatch.setattr(comfy_sana_nodes._folders(), "get_full_path_or_raise", lambda kind, name: name)
+    monkeypatch.setattr(host, "tell", lambda node, text: said.append(text))
+    model = Node.execute("flux.safetensors")[0]
+    assert said.pop() == "24 layers of the model are kept in int8"
+    found = rig.sample(model)
+    assert 0.0 < float((found - stock).norm() / stock.norm()) < 0.02
+    assert model.model_size() < 0.6 * plain.model_size()
+    lora = rig.sample(with_lora(model))
+    assert float((lora - with_a_lora).norm() / with_a_lora.norm()) < 0.02
+    assert torch.equal(rig.sample(model), found)
+    left = Node.execute("flux.safetensors", "fp8")[0]
+    assert said.pop().startswith("left as it is: quantize.format is fp8")
+    assert torch.equal(rig.sample(left), stock)

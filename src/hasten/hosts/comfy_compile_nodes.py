@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from hasten.hosts import comfy_compile, comfy_quantize
+from hasten.hosts import comfy_compile, comfy_quantize, comfy_sana_nodes
 from hasten.hosts.comfy_node import Lightning, model_input
 
 
@@ -88,3 +88,46 @@ class CompileAndQuantizeModel(Lightning):
             return io.NodeOutput(model, quantised)
         compiled, first = comfy_compile.compile_blocks(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
         return io.NodeOutput(cls.told(compiled, "compile", f"{first} · {said}"), quantised)
+
+
+class LoadDiffusionModel8Bit(Lightning):
+    TITLE = "Load Diffusion Model in 8 Bits"
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        folder_paths = comfy_sana_nodes._folders()
+
+        return io.Schema(
+            node_id="LoadDiffusionModel8Bit",
+            display_name=cls.TITLE,
+            category="Lightning",
+            description="Loads a FLUX and keeps its blocks' layers in 8 bits: a third less memory, faster on new GPUs.",
+            inputs=[
+                io.Combo.Input(
+                    "unet_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file in 16 bits from models/diffusion_models. One in fp8 is loaded as it is.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=["auto", "fp8", "int8"],
+                    default="auto",
+                    tooltip="auto: fp8 on GPUs that multiply in it (compute capability 8.9 and newer), else int8.",
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, unet_name: str, format: str = "auto") -> Any:
+        import comfy.sd
+
+        folder_paths = comfy_sana_nodes._folders()
+        model = comfy.sd.load_diffusion_model(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+        try:
+            said = comfy_quantize.quantise_for_good(model, format)
+        except ValueError as reason:
+            said = f"left as it is: {reason}"
+        cls.say(said)
+        return io.NodeOutput(model)

@@ -18,7 +18,7 @@ from hasten.hosts.comfy_cache_nodes import (
     ApplyTeaCacheAndSkipBlocks,
     ApplyToCa,
 )
-from hasten.hosts.comfy_compile_nodes import CompileAndQuantizeModel, LightningCompile
+from hasten.hosts.comfy_compile_nodes import CompileAndQuantizeModel, LightningCompile, LoadDiffusionModel8Bit
 from hasten.hosts.comfy_node import HITS_TIP, SINGLE_TIP, SKIP_TIP, Lightning, model_input
 from hasten.hosts.comfy_sparge_nodes import ApplySpargeAttn, SaveSpargeAttnHyperparams
 from hasten.recipe import Recipe, recipe_names
@@ -185,6 +185,7 @@ NODES = [
     ApplySpargeAttn,
     SaveSpargeAttnHyperparams,
     CompileAndQuantizeModel,
+    LoadDiffusionModel8Bit,
     *comfy_sana_nodes.NODES,
 ]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hasten.kernels.rows import LIMITS, quantise
 from hasten.quantize import FORMATS, format_for, linear_8
 
+NOTHING = "this model has no layers to quantise: a FLUX in 16 or 32 bits is expected"
 # Attention and MLPs; modulation stays: it sees one row a picture, and its error falls on every token.
 PARTS = ("img_attn.", "img_mlp.", "txt_attn.", "txt_mlp.", "linear1", "linear2")
 
@@ -81,19 +82,43 @@ def quantise_model(model: Any) -> tuple[Any, str]:
         return model, str(reason).rstrip(".")
     clone, layers, saved = model.clone(), 0, 0
     for name, layer in _layers(model):
-        weight = layer.weight.detach()
-        backup = model.backup.get(f"{name}.weight")  # the model is on its device now, with a LoRA in this weight
-        if backup is not None:
-            weight = getattr(backup, "weight", backup)
-        clone.add_object_patch(name, Layer8.of(layer, weight, FORMATS[bits], torch.device(model.load_device)))
-        layers += 1
-        saved += weight.numel() * (weight.element_size() - 1)
+        eight = _in_8_bits(model, name, layer, bits)
+        clone.add_object_patch(name, eight)
+        layers, saved = layers + 1, saved + _saved(layer)
     if not layers:
-        return model, "this model has no layers to quantise: a FLUX in 16 or 32 bits is expected"
+        return model, NOTHING
     # ComfyUI takes a clone with the same id for the same weights, and would leave a LoRA of the model in place.
     clone.patches_uuid = uuid.uuid4()
     clone.size = max(model.model_size() - saved, 1)
     return clone, f"{layers} layers of the model are kept in {bits}"
+
+
+def quantise_for_good(model: Any, wanted: str = "auto") -> str:
+    """Puts layers in 8 bits in the place of a model's own that was just loaded and is nobody else's yet.
+
+    One layer after the other, so that both copies never stand side by side. wanted: "auto", "fp8" or "int8". Gives what
+    to say on the node. Raises ValueError for a format that the device lacks, before anything is changed.
+    """
+    bits, layers = format_for(wanted, torch.device(model.load_device)), 0
+    for name, layer in _layers(model):
+        parent, _, last = name.rpartition(".")
+        setattr(model.model.get_submodule(parent), last, _in_8_bits(model, name, layer, bits))
+        layers += 1
+    model.size = 0  # counted anew when it is asked for
+    return f"{layers} layers of the model are kept in {bits}" if layers else NOTHING
+
+
+def _in_8_bits(model: Any, name: str, layer: nn.Linear, bits: str) -> Layer8:
+    weight = layer.weight.detach()
+    backup = model.backup.get(f"{name}.weight")  # the model is on its device now, with a LoRA in this weight
+    if backup is not None:
+        weight = getattr(backup, "weight", backup)
+    return Layer8.of(layer, weight, FORMATS[bits], torch.device(model.load_device))
+
+
+def _saved(layer: nn.Linear) -> int:
+    """Bytes that a layer in 8 bits takes less."""
+    return layer.weight.numel() * (layer.weight.element_size() - 1)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
@@ -101,7 +126,7 @@ def _layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     network = model.model.diffusion_model
     for stack in ("double_blocks", "single_blocks"):
         for i, block in enumerate(getattr(network, stack, ())):
-            for inner, _ in block.named_modules():
+            for inner in [inner for inner, _ in block.named_modules()]:
                 if inner.startswith(PARTS):
                     name = f"diffusion_model.{stack}.{i}.{inner}"
                     layer = model.get_model_object(name)
