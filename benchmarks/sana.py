@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import tables
 import torch
 from torch import Tensor
 
@@ -258,6 +259,8 @@ def main() -> None:
             del pipe
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+    if args.out == RESULTS and not args.tiny:
+        write_readme(rows)
     print(f"{name}, bfloat16, {STEPS} steps with CFG {GUIDANCE}, random weights; milliseconds")
     print("size    side way                          computed     step    whole  decoder  encoder of eager      off")
     for r in rows:
@@ -265,6 +268,16 @@ def main() -> None:
             f"{r['size']:6} {r['side']:>5} {r['way']:28} {r['computed']:>8} {r['step_ms']:>8.2f} {r['whole_ms']:>8.1f} "
             f"{r['decoder_ms']:>8.1f} {r['encoder_ms']:>8.1f} {r['of_eager']:>8.3f} {r['latents_off']:>8.4f}"
         )
+
+
+def write_readme(rows: list[dict[str, Any]]) -> None:
+    """The README's table."""
+    head = ["model, size", "way", "steps computed", "text to pixels", "of eager", "encoder, steps, decoder"]
+    tables.rewrite("sana", head, [
+        [f"{r['size']}, {r['side']}x{r['side']}", r["way"], str(r["computed"]), f"{r['whole_ms']:.0f} ms",
+         f"{r['of_eager']:.2f}", f"{r['encoder_ms']:.0f} + {r['denoise_ms']:.0f} + {r['decoder_ms']:.0f} ms"]
+        for r in rows
+    ])  # fmt: skip
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
