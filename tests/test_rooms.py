@@ -27,7 +27,8 @@ DATA = ("data",)  # where shipped files lie: pathlib only
 # can be worked out on paper
 PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
 TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_streams")
-MEMORY = ("lane", "call", "session", "gate", "report", "kept", "inside", "taps", "parts", "walk", "token_gate")
+INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
+MEMORY = ("lane", "call", "session", "gate", "report", *INSIDE)
 TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
