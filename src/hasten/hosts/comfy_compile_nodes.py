@@ -63,10 +63,11 @@ class CompileAndQuantizeModel(Lightning):
                     default=comfy_compile.BACKEND,
                     tooltip="torch.compile's back-end; inductor is the usual one.",
                 ),
-                # At the end, so that the original pack's workflows keep their widgets' order.
+                # At the end and optional, so that the original pack's workflows and saved prompts, which lack it, run.
                 io.Boolean.Input(
                     "quantize_model",
                     default=False,
+                    optional=True,
                     tooltip="Keep the model's layers in 8 bits too: fp8 on GPUs that have it, else int8.",
                 ),
             ],
