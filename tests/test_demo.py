@@ -120,3 +120,18 @@ def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("")
     with pytest.raises(OSError, match="is a file"):
         check_demo_folder(tmp_path / "demo")
+
+
+def test_another_model_stands_beside_the_first(tmp_path: Path) -> None:
+    beside = FakePainter(COMPUTED)
+    beside.model = "sana-fake"
+    shown = run_demo(FakePainter(COMPUTED), other=beside)
+    assert [len(part.showings) for part in shown.parts] == [2, 1]
+    assert shown.parts[1].showings[0].request.guidance == 4.5
+    text = page(shown)
+    assert "The same on sana-fake" in text and text.count("<table>") == 2
+    alone = run_demo(FakePainter(COMPUTED))
+    assert "The same on" not in page(alone)
+    assert sheet_of(shown).height > sheet_of(alone).height
+    write_demo(shown, tmp_path / "demo")
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["other"]["model"] == "sana-fake"

@@ -13,7 +13,7 @@ from tiny_sana import make_tiny_sana
 from typer.testing import CliRunner
 
 from hasten.cli import app
-from hasten.loading import Model, check_model, load_painter
+from hasten.loading import Habits, Model, check_model, habits, load_painter, model_label
 from hasten.painter import Request
 from hasten.recipe import Recipe
 
@@ -40,6 +40,13 @@ def test_the_painter_draws_what_the_pipeline_draws(folder: Path) -> None:
     ).images  # fmt: skip
     for ours, theirs in zip(drawn, expected, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_what_is_left_out_is_sanas_own_habit(folder: Path) -> None:
+    painter = load_painter(Model(str(folder)), device=CPU, dtype=torch.float32)
+    assert habits(painter) == Habits(128, 64, steps=20, guidance=4.5)
+    check_model(Model("sana-nano"))
+    assert model_label(Model("sana-nano")) == "sana-nano"
 
 
 def test_generate_compares_and_reports(folder: Path, tmp_path: Path) -> None:
