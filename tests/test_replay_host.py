@@ -130,3 +130,51 @@ def test_sana_is_replayed_as_it_is_launched(everyone: list[Careless], sections: 
         for other in (pipe, stock):
             other.transformer.transformer_blocks[0].attn1.to_q.weight.mul_(1.1)
     assert torch.equal(paint_sana(pipe, steps=4), paint_sana(stock, steps=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", ["none", "auto"])
+def test_a_gpu_replays_a_flux_bit_for_bit(bits: str) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    from hasten.sections import Compile, Quantize
+
+    models = []
+    for how in ("never", "always"):
+        torch.manual_seed(0)
+        model = FluxTransformer2DModel(
+            num_layers=2,
+            num_single_layers=3,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+        )
+        model = model.to("cuda", torch.bfloat16).eval()
+        Stack(model, Compile(fuse="always", cuda_graph=how), Quantize(format=bits, keep=False))
+        models.append(model)
+
+    def call(model: Any, tokens: int, seed: int) -> torch.Tensor:
+        noise = torch.Generator("cuda").manual_seed(seed)
+        made = {"device": "cuda", "generator": noise, "dtype": torch.bfloat16}
+        out: torch.Tensor = model(
+            hidden_states=torch.randn(1, tokens, 64, **made),
+            encoder_hidden_states=torch.randn(1, 16, 64, **made),
+            pooled_projections=torch.randn(1, 32, **made),
+            timestep=torch.rand(1, **made),
+            guidance=torch.full((1,), 3.5, device="cuda"),
+            img_ids=torch.zeros(tokens, 3, device="cuda"),
+            txt_ids=torch.zeros(16, 3, device="cuda"),
+            return_dict=False,
+        )[0]
+        return out
+
+    with torch.no_grad():
+        for seed in range(12):
+            if seed == 6:
+                for model in models:
+                    model.transformer_blocks[1].norm1.linear.weight.add_(0.05)
+            tokens = 48 if seed % 4 == 3 else 64
+            assert torch.equal(call(models[0], tokens, seed), call(models[1], tokens, seed))
+    stack: Stack = models[1].__dict__["hasten_stack"]
+    assert stack.notes == [] and stack.replays is not None and stack.replays.bytes > 0
