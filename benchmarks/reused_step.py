@@ -21,14 +21,20 @@ ALWAYS = 10.0  # a change beyond any
 Run = Callable[[], AbstractContextManager[Any]]
 
 
-def rows(model: Any, given: dict[str, Any], prepared: Callable[[Any], Any]) -> Iterator[tuple[str, float]]:
-    """Name and milliseconds of each row. `prepared` makes our stack of a model, which their hooks have no place in."""
+def rows(
+    model: Any, attention: Callable[[Any], Any], given: dict[str, Any], prepared: Callable[[Any], Any]
+) -> Iterator[tuple[str, float]]:
+    """Name and milliseconds of each row.
+
+    attention: chooses a copy's attention. prepared: makes our stack of a copy, which their hooks have no place in.
+    """
     stock = {"floor": floor, "hasten": ours, "diffusers FirstBlockCache": theirs, "cache-dit": dit}
     for suffix, libraries in (("", stock), (", our stack", {"floor": floor, "hasten": ours})):
         models = {}
         for name in libraries:
-            # The same weights under every copy.
-            models[name] = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+            # The same weights under every copy; our stack lays them otherwise and has its own.
+            models[name] = copy.deepcopy(model, {} if suffix else {id(p): p for p in model.parameters()})
+            attention(models[name])
             if name == "floor":
                 first_block_only(models[name])
             if suffix:
