@@ -224,6 +224,23 @@ def test_lora_takes_part() -> None:
     assert (adapted[1] - in_full[1]).abs().mean() < 0.5 * (adapted[1] - plain[1]).abs().mean()
 
 
+def test_a_recording_knows_its_adapters_strengths() -> None:
+    from peft import LoraConfig
+
+    from hasten.hosts.diffusers_parts import strengths
+
+    model = transformer()
+    model.add_adapter(LoraConfig(r=2, target_modules=["proj_mlp"], init_lora_weights=False), adapter_name="one")
+    adapted = [module for module in model.modules() if hasattr(module, "scaling")]
+    assert adapted
+    seen = [strengths(adapted)]
+    model.set_adapters(["one"], [0.5])
+    seen.append(strengths(adapted))
+    model.disable_adapters()
+    seen.append(strengths(adapted))
+    assert len(set(seen)) == 3
+
+
 def test_controlnet_residuals_are_added_once_and_afresh() -> None:
     sigmas, inputs = [1.0, 0.75, 0.5, 0.25, 0.0], model_inputs()
     handle = hasten.apply(transformer(), recipe(tokens={**ALL, "full_first": 0}))

@@ -9,7 +9,7 @@ is made anew. It knows nothing of hosts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,11 +26,13 @@ class Walk(Protocol):
     """All blocks of one call, as a host gives access to them where nothing lies between them.
 
     given: what changes from call to call: image, text and the vector of the modulation. weights: every tensor that is
-    read besides, None where they may move while the run lasts, so that nothing can be recorded.
+    read besides, None where they may move while the run lasts, so that nothing can be recorded. state: whatever else
+    the launches depend on, such as the strengths of adapters.
     """
 
     given: tuple[Tensor, ...]
     weights: Sequence[Tensor] | None
+    state: Hashable
 
     def parts(self, given: Sequence[Tensor]) -> list[Parts]:
         """Each block's, for those inputs."""
@@ -42,8 +44,9 @@ class Walk(Protocol):
 class Recorded:
     """One walk as a CUDA graph, with inputs of its own. `fits` says whether it may be played."""
 
-    def __init__(self, run: Run, given: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+    def __init__(self, run: Run, given: Sequence[Tensor], reads: Sequence[Tensor], state: Hashable) -> None:
         """Records, without running it. reads: tensors whose addresses it takes. Raises what the recording raises."""
+        self._state = state
         self._given = [tensor.clone() for tensor in given]
         self._reads = [(tensor, tensor.data_ptr()) for tensor in reads]
         self._graph = torch.cuda.CUDAGraph()
@@ -60,11 +63,12 @@ class Recorded:
                     self._graph.capture_end()
             current.wait_stream(beside)
 
-    def fits(self, given: Sequence[Tensor], reads: Sequence[Tensor]) -> bool:
+    def fits(self, given: Sequence[Tensor], reads: Sequence[Tensor], state: Hashable) -> bool:
         """Whether the inputs are of the same kind and everything else lies where it lay."""
         alike = all(_kind(own) == _kind(now) for own, now in zip(self._given, given, strict=True))
         return (
             alike
+            and state == self._state
             and len(reads) == len(self._reads)
             and all(now is own and now.data_ptr() == at for now, (own, at) in zip(reads, self._reads, strict=True))
         )
@@ -96,7 +100,7 @@ def walked(call: Call, walk: Walk, fits: Callable[[], bool], run: Run) -> list[T
     assert first is not None
     may = _may_record(call, walk)
     reads = _reads(call, walk) if may and first.walks else []
-    if first.recorded is not None and reads and first.recorded.fits(given, reads):
+    if first.recorded is not None and reads and first.recorded.fits(given, reads, walk.state):
         return first.recorded.play(given)
     first.recorded = None
     if not fits():
@@ -105,7 +109,7 @@ def walked(call: Call, walk: Walk, fits: Callable[[], bool], run: Run) -> list[T
     if not reads:
         return run(given)  # its kernels are compiled the first time; without weights there is nothing to record
     try:
-        first.recorded = Recorded(run, given, reads)
+        first.recorded = Recorded(run, given, reads, walk.state)
     except Exception as error:  # layers that wait for the device or fetch their weights: kinds of torch's own
         first.walks = NEVER
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -163,7 +163,7 @@ class FluxWalk:
     def __init__(self, network: Any, args: dict[str, Any], weights: list[Tensor] | None) -> None:
         blocks = (*network.double_blocks, *network.single_blocks)
         self._blocks = [getattr(block, "_orig_mod", block) for block in blocks]
-        self._args, self.weights = args, weights
+        self._args, self.weights, self.state = args, weights, None
         self.given = (args["img"], args["txt"], args["vec"])
 
     def streams(self, given: Sequence[Tensor]) -> Tokens:

@@ -6,7 +6,7 @@ Everything is called through the host's own modules, so LoRA, quantised layers a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -169,8 +169,10 @@ class FluxParts:
 class FluxWalk:
     """All blocks of one call, for a partial evaluation with nothing between them."""
 
-    def __init__(self, blocks: Sequence[Any], streams: FluxStreams, weights: list[Tensor] | None) -> None:
-        self._blocks, self.weights = blocks, weights
+    def __init__(
+        self, blocks: Sequence[Any], streams: FluxStreams, weights: list[Tensor] | None, state: Hashable
+    ) -> None:
+        self._blocks, self.weights, self.state = blocks, weights, state
         self.given = (streams.image, streams.text, streams.temb)
 
     def streams(self, given: Sequence[Tensor]) -> FluxStreams:
@@ -192,6 +194,14 @@ def staying(blocks: Sequence[nn.Module], device: torch.device) -> list[Tensor] |
     # A tensor of another class (quantised by torchao, say) keeps its numbers in others that are not seen here.
     plain = all(type(t) in (Tensor, nn.Parameter) and t.device == device for t in found)
     return found if plain else None
+
+
+def strengths(adapters: Sequence[Any]) -> Hashable:
+    """What peft's layers do at the moment: which adapters are on, how strongly, and whether any of them is."""
+    return tuple(
+        (tuple(layer.active_adapters), tuple(layer.scaling.items()), layer.disable_adapters, layer.merged)
+        for layer in adapters
+    )
 
 
 class Called(Protocol):
@@ -228,6 +238,7 @@ class Insides:
         self._between = False
         self._weights: list[Tensor] | None = None
         self._blocks: list[Any] = []
+        self._adapters: list[Any] = []
 
     def listen(self) -> None:
         """Taps what is looked at; again at each run, for a LoRA may have put other modules in place."""
@@ -241,7 +252,7 @@ class Insides:
     def end(self) -> None:
         """A run is over."""
         self._grid = self._weights = None
-        self._blocks = []
+        self._blocks, self._adapters = [], []
 
     def begin(self, call: Call, given: Mapping[str, Any]) -> None:
         """Before the model's call: what stands in the way is its excuse, and the image's grid is found."""
@@ -263,7 +274,11 @@ class Insides:
             found = (*self._transformer.transformer_blocks, *self._transformer.single_transformer_blocks)
             self._blocks = [getattr(block, "_orig_mod", block) for block in found]
             self._weights = staying(self._blocks, streams.image.device)
-        return FluxWalk(self._blocks, streams, self._weights)
+            parts = (module for block in self._blocks for module in block.modules())
+            self._adapters = [
+                module for module in parts if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+            ]
+        return FluxWalk(self._blocks, streams, self._weights, strengths(self._adapters))
 
     def gated_block(self, slot: Called, gate: Gate, calling: Callable[[], Call | None]) -> Callable[..., Any]:
         """What takes the place of a block's call. calling: the model's call under way."""
