@@ -147,6 +147,14 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once() -> None:
     assert ours.counts["calls"] == stock.counts["calls"]
 
 
+def test_without_room_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replays, "_has_room", lambda self, place, device: False)
+    ours, stock, everyone, _ = pair()
+    for seed in range(4):
+        assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+    assert everyone == [] and ours.counts == stock.counts
+
+
 def test_with_gradients_and_on_a_cpu_everything_is_called_as_it_is() -> None:
     ours, _, everyone, _ = pair()
     with torch.enable_grad():

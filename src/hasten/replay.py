@@ -22,6 +22,9 @@ from torch import Tensor
 # while it runs: some 0.4 GB for FLUX.1-dev at 1024x1024.
 SIZES = 3
 
+# Recordings keep their memory, and a decoder still wants some: below this share of the device's nothing is recorded.
+ROOM = 1 / 8
+
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -88,6 +91,7 @@ class Place:
         self.make = make
         self.met: dict[Hashable, Hashable] = {}
         self.recorded: dict[Hashable, Recorded] = {}
+        self.has_room: bool | None = None
         self._own: dict[int, Tensor] = {}
         # By its identity a tensor of ours, whose copy lies there, and at which version. What passes is gone with the
         # next replay.
@@ -193,6 +197,8 @@ class Replays:
                 if place.met.get(block) != marks:
                     place.met[block] = marks
                     done = None
+                elif not self._has_room(place, given[0].device):
+                    done = None
                 else:
                     done = self._recorded(place, block, marks, given, call, {} if counts is None else counts)
             if done is not None:
@@ -234,6 +240,14 @@ class Replays:
         self._places[size] = place  # the latest at the end
         return place
 
+    def _has_room(self, place: Place, device: torch.device) -> bool:
+        """Whether enough of the device's memory is unused, asked once for each size."""
+        if place.has_room is None:
+            place.has_room = device.type != "cuda" or unused_share(device) >= ROOM
+            if not place.has_room:
+                self._say("launches are not recorded: less than an eighth of the GPU's memory is unused")
+        return place.has_room
+
     def _recorded(
         self,
         place: Place,
@@ -256,6 +270,12 @@ class Replays:
         if device.type == "cuda":
             self.bytes += max(torch.cuda.memory_reserved(device) - before, 0)
         return done
+
+
+def unused_share(device: torch.device) -> float:
+    """What of a GPU's memory nobody uses, torch's own reserve among it."""
+    free, total = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
 
 
 def _version(tensor: Tensor) -> int:
