@@ -50,6 +50,8 @@ WAYS: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "eager, balanced": ("balanced", {}, {}),
     "blocks compiled": (None, BLOCKS, {}),
     "blocks compiled, balanced": ("balanced", BLOCKS, {}),
+    "blocks and encoder compiled": (None, {**BLOCKS, "text": True}, {}),
+    "blocks and encoder compiled, balanced": ("balanced", {**BLOCKS, "text": True}, {}),
     "all compiled": (None, COMPILED, {}),
     "all compiled, balanced": ("balanced", COMPILED, {}),
     "all compiled, fast": ("fast", COMPILED, {}),
@@ -262,10 +264,10 @@ def main() -> None:
     if args.out == RESULTS and not args.tiny:
         write_readme(rows)
     print(f"{name}, bfloat16, {STEPS} steps with CFG {GUIDANCE}, random weights; milliseconds")
-    print("size    side way                          computed     step    whole  decoder  encoder of eager      off")
+    print(f"size    side {'way':38} computed     step    whole  decoder  encoder of eager      off")
     for r in rows:
         print(
-            f"{r['size']:6} {r['side']:>5} {r['way']:28} {r['computed']:>8} {r['step_ms']:>8.2f} {r['whole_ms']:>8.1f} "
+            f"{r['size']:6} {r['side']:>5} {r['way']:38} {r['computed']:>8} {r['step_ms']:>8.2f} {r['whole_ms']:>8.1f} "
             f"{r['decoder_ms']:>8.1f} {r['encoder_ms']:>8.1f} {r['of_eager']:>8.3f} {r['latents_off']:>8.4f}"
         )
 

@@ -30,9 +30,9 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Careless]]:
         patch.setattr(
             Stack,
             "_replays",
-            lambda self: (
+            lambda self, compiled: (
                 None
-                if self.compile.cuda_graph == "never"
+                if self.compile.cuda_graph == "never" or not (compiled or self.compile.cuda_graph == "always")
                 else Replays(say=self.notes.append, make=lambda device: lambda: Careless(made))
             ),
         )
@@ -130,6 +130,45 @@ def test_sana_is_replayed_as_it_is_launched(everyone: list[Careless], sections: 
         for other in (pipe, stock):
             other.transformer.transformer_blocks[0].attn1.to_q.weight.mul_(1.1)
     assert torch.equal(paint_sana(pipe, steps=4), paint_sana(stock, steps=4))
+
+
+PROMPTS = ("a red ball", "two blue cubes on a green table", "a cat")
+
+
+def encode(pipe: Any, prompt: str, *, instruction: list[str] | None = None) -> list[torch.Tensor]:
+    """A prompt's states and mask, and the empty one's."""
+    with torch.no_grad():
+        return list(pipe.encode_prompt(prompt, True, complex_human_instruction=instruction, max_sequence_length=40))
+
+
+@pytest.mark.parametrize("text", [{"backend": "eager"}, {"backend": "eager", "cuda_graph": "never"}])
+def test_gemma_is_one_graph_and_reads_as_before(everyone: list[Careless], text: dict[str, Any]) -> None:
+    """Each prompt twice, with its instruction (another length) and without: bit for bit what the model alone gives."""
+    from tiny_sana import tiny_sana_pipeline
+
+    torch.manual_seed(0)
+    pipe = tiny_sana_pipeline()
+    asked = [(prompt, how) for prompt in PROMPTS for how in (None, ["Describe:", "first, "])]
+    wanted = [encode(pipe, prompt, instruction=how) for prompt, how in asked]
+    stack = hasten.prepare(pipe, {"schema": 1, "compile": {"text": True, **text}})
+    for _ in range(2):
+        found = [encode(pipe, prompt, instruction=how) for prompt, how in asked]
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    layers = len(pipe.text_encoder.layers)
+    assert stack.graphs <= 2 and stack.notes == []  # a layer's kind: with a sliding window or without
+    assert len(everyone) == (0 if "cuda_graph" in text else 2 * layers)
+    assert all(recording.replays for recording in everyone)
+    # Weights that were moved are recorded anew; hidden states that are asked for are seen, by hooks that they need.
+    with torch.no_grad():
+        pipe.text_encoder.layers[0].mlp.up_proj.weight.mul_(1.5)
+        ids = torch.tensor([[2, 9, 12, 7]])
+        now = pipe.text_encoder(ids, output_hidden_states=True)
+        stack.undo()
+        then = pipe.text_encoder(ids, output_hidden_states=True)
+    assert len(now.hidden_states) == len(then.hidden_states) == layers + 1
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(now.hidden_states, then.hidden_states, strict=True))
+    assert pipe.text_encoder(ids).past_key_values is not None  # what was left out while it was compiled
 
 
 @pytest.mark.gpu

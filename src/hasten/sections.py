@@ -21,7 +21,7 @@ class Compile:
     fuse: "auto" runs the blocks as fused passes wherever they are compiled or quantised, "always" without either
     too, "never" as the host wrote them.
     cuda_graph: "always" records what each fused block launches as a CUDA graph, once for each size, and replays it;
-    "auto" does so for blocks that are compiled; "never" leaves every launch to Python.
+    "auto" does so for blocks that are compiled; "never" leaves every launch to Python. So it is with encoders' layers.
     """
 
     blocks: bool = False

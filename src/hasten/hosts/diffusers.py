@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from hasten.call import Call
 from hasten.gate import Gate, Streams, gate_model
 from hasten.hosts.diffusers_attention import HungAttention
+from hasten.hosts.diffusers_beside import Beside, modules_beside
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
-from hasten.hosts.diffusers_stack import STACK, Stack, modules_beside, stack_for
+from hasten.hosts.diffusers_stack import STACK, Stack, stack_for
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
@@ -82,7 +83,7 @@ class Slot:
 class Handle:
     """A recipe applied to one transformer. Reuse happens only inside a run; `remove` puts everything back."""
 
-    def __init__(self, transformer: nn.Module, recipe: Recipe, *, beside: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, transformer: nn.Module, recipe: Recipe, *, beside: Beside | None = None) -> None:
         self.transformer: Any = _unwrapped(transformer)  # Any: torch knows a module's own attributes as its kinds only
         self._door = transformer  # what is called: torch.compile's wrapper where there is one
         self.family = family_of(self.transformer)

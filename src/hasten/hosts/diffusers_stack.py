@@ -6,7 +6,6 @@ and forwards. `undo` gives calls back, and weights where their originals were ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,16 @@ import torch
 from torch import nn
 
 from hasten.compile import Compiler
+from hasten.hosts.diffusers_beside import (
+    Beside,
+    is_deep_compression,
+    keeps_words,
+    lay_channels,
+    layers_of,
+    parts_of,
+    reading,
+    replayed_layer,
+)
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
 from hasten.hosts.diffusers_replay import replayed, replayed_sana
 from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
@@ -43,7 +52,7 @@ class Stack:
         compile: Compile | None = None,
         quantize: Quantize | None = None,
         *,
-        beside: Sequence[nn.Module] = (),
+        beside: Beside | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.transformer = transformer
@@ -55,7 +64,9 @@ class Stack:
         bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
         wants = self.compile.blocks or self.compile.decoder or self.compile.text
         self.compiler = self._compiler() if wants else None
-        self.replays = self._replays()
+        self.replays = self._replays(self.compile.blocks)
+        # Apart from the blocks', for each keeps its own few sizes: two prompts' lengths here.
+        self.read = self._replays(self.compile.text)
         self._quantised: Quantised | None = None
         if bits is not None:
             if not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
@@ -72,12 +83,7 @@ class Stack:
             for block in blocks:
                 self._take(block, block)
         self._last: list[nn.Module] = []
-        for module in beside:
-            if _is_deep_compression(module):
-                lay_channels(module, torch.channels_last)
-                self._last.append(module)
-            for part in _compiled_parts(module):
-                self._take(part, part)
+        self._take_beside(beside or Beside())
         self.words = self._describe(bits)
         transformer.__dict__[STACK] = self
         if torch.cuda.is_available():
@@ -100,8 +106,9 @@ class Stack:
     def tell(self, report: Report) -> None:
         """Writes into a run's report what the model is, and what was compiled since it began."""
         report.model = self.words
-        if self.replays is not None and self.replays.bytes:
-            report.model += f", launches replayed ({self.replays.bytes / 2**20:.0f} MiB)"
+        taken = sum(replays.bytes for replays in (self.replays, self.read) if replays is not None)
+        if taken:
+            report.model += f", launches replayed ({taken / 2**20:.0f} MiB)"
         report.graphs, report.compile_s = self.graphs - self._before[0], self.seconds - self._before[1]
         for note in self.notes:
             report.note(note)
@@ -125,8 +132,9 @@ class Stack:
                 del module.__dict__["_compiled_call_impl"]
             else:
                 module._compiled_call_impl = before
-        if self.replays is not None:
-            self.replays.drop()
+        for replays in (self.replays, self.read):
+            if replays is not None:
+                replays.drop()
         for block in self._laid:
             lay_layers_apart(block)
         for module in self._last:
@@ -144,10 +152,10 @@ class Stack:
             say=self.notes.append,
         )
 
-    def _replays(self) -> Replays | None:
-        """Recordings of the fused blocks' launches, where they are wanted."""
+    def _replays(self, compiled: bool) -> Replays | None:
+        """Recordings of launches, of fused blocks or of encoders' layers, where they are wanted."""
         wanted = self.compile.cuda_graph
-        if not torch.cuda.is_available() or wanted == "never" or (wanted == "auto" and not self.compile.blocks):
+        if not torch.cuda.is_available() or wanted == "never" or (wanted == "auto" and not compiled):
             return None
         return Replays(say=self.notes.append)
 
@@ -163,11 +171,31 @@ class Stack:
             self._take(block, stand_in or block, compiled=self.compile.blocks)
         return stand_in is not None
 
+    def _take_beside(self, beside: Beside) -> None:
+        if beside.decoder is not None:
+            if is_deep_compression(beside.decoder):
+                lay_channels(beside.decoder, torch.channels_last)
+                self._last.append(beside.decoder)
+            for part in parts_of(beside.decoder):
+                self._take(part, part)
+        for encoder in beside.encoders:
+            for layer in layers_of(encoder):
+                call = self._compiled(layer)
+                self._put(layer, call if self.read is None else replayed_layer(layer, call, self.read))
+            if keeps_words(encoder):
+                self._put(encoder, reading(encoder._compiled_call_impl or encoder._call_impl))
+
     def _take(self, module: nn.Module, call: nn.Module, *, compiled: bool = True) -> None:
-        before = module.__dict__.get("_compiled_call_impl")
-        ours: Any = self.compiler.compile(call) if compiled and self.compiler is not None else call._call_impl
+        ours = self._compiled(call) if compiled else call._call_impl
         if self.replays is not None and call is not module:
             ours = (replayed_sana if isinstance(call, FusedSana) else replayed)(module, ours, self.replays)
+        self._put(module, ours)
+
+    def _compiled(self, module: nn.Module) -> Any:
+        return module._call_impl if self.compiler is None else self.compiler.compile(module)
+
+    def _put(self, module: nn.Module, ours: Any) -> None:
+        before = module.__dict__.get("_compiled_call_impl")
         module._compiled_call_impl = ours
         self._taken.append((module, ours, before))
 
@@ -183,7 +211,7 @@ def stack_for(
     transformer: nn.Module,
     recipe: Recipe,
     *,
-    beside: Sequence[nn.Module] = (),
+    beside: Beside | None = None,
     device: torch.device | None = None,
 ) -> tuple[Stack | None, bool]:
     """The stack that the recipe's runs stand on, and whether it was made for them. Raises ValueError.
@@ -203,51 +231,9 @@ def stack_for(
     return Stack(transformer, recipe.compile, recipe.quantize, beside=beside, device=device), True
 
 
-def modules_beside(pipe: Any, compile: Compile) -> list[nn.Module]:
-    """What of a pipeline is compiled beside the transformer: the decoder as it is, encoders layer by layer."""
-    found: list[nn.Module] = []
-    if compile.decoder and getattr(pipe, "vae", None) is not None:
-        found.append(pipe.vae.decoder)
-    if compile.text:
-        for name in ("text_encoder", "text_encoder_2"):
-            found += _layers(getattr(pipe, name, None))
-    return found
-
-
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """The transformer's blocks in the order they run."""
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
-
-
-def _compiled_parts(module: nn.Module) -> Iterator[nn.Module]:
-    """What is compiled of it: DC-AE's decoder block by block, whose kinds repeat, anything else as it is."""
-    if not _is_deep_compression(module):
-        yield module
-        return
-    decoder: Any = module
-    for level in decoder.up_blocks:
-        yield from level
-    yield decoder.norm_out
-
-
-def lay_channels(module: nn.Module, how: torch.memory_format) -> None:
-    """Lays every convolution's weight that way; the values stay as they are."""
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=how)
-
-
-def _is_deep_compression(module: nn.Module) -> bool:
-    """Whether it is DC-AE's decoder. Its norms and its attention run over the channels: with those last, nothing is
-    turned around between them and the convolutions."""
-    return any(type(part).__name__ == "EfficientViTBlock" for part in module.modules())
-
-
-def _layers(encoder: nn.Module | None) -> Iterator[nn.Module]:
-    """The modules that an encoder repeats."""
-    for module in () if encoder is None else encoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(layer) for layer in module}) == 1:
-            yield from module
 
 
 def _wanted(name: str) -> bool:
