@@ -51,7 +51,10 @@ MEANT: dict[str, dict[str, Any]] = {
         "dsb_cache_thresholds": "0.1,,0.3", "start": 0.1, "end": 0.9, "max_consecutive_cache_hits": -1,
     },
     "ApplySageAttention": {"use_SageAttention": True},
-    "CompileAndQuantizeModel": {"do_compile": True, "dynamic": True, "fullgraph": False, "backend": "inductor"},
+    # The page fills our added input with its default: off.
+    "CompileAndQuantizeModel": {
+        "do_compile": True, "dynamic": True, "fullgraph": False, "backend": "inductor", "quantize_model": False,
+    },
 }  # fmt: skip
 COMMON = ["predictor", "start", "end", "max_consecutive_hits", "skip_double", "skip_single"]
 
