@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_sana as sana
 import torch
 from runs import flux, hastened, paint
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import hasten
 from hasten.attention_backends import BACKENDS, Backend
 
 
@@ -86,3 +88,60 @@ def test_it_composes_with_a_cache(rough: list[int]) -> None:
 def test_a_block_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"^attention\.exact_blocks names block 6: the model has 6 blocks"):
         hastened(flux(), settings("int8", exact_blocks=[6]))
+
+
+SANA = {
+    "cfg": {},
+    "no mask to speak of": sana.words(10, negative=False) | {"guidance_scale": 1.0},
+    "two lengths": sana.words(3, 9),
+}
+
+
+@pytest.mark.parametrize("given", SANA)
+@pytest.mark.parametrize("stack", [{}, {"compile": {"blocks": True, "backend": "eager"}}])
+def test_sanas_words_are_attended_to_by_what_is_asked_for(given: str, stack: dict[str, Any], rough: list[int]) -> None:
+    """Left out is as good as masked, up to rounding; each sample has its own words, and a later call its own mask."""
+    pipe = sana.sana()
+    stock = [sana.paint(pipe, steps=3, **SANA[given]), sana.paint(pipe, steps=3)]
+    with hasten.accelerate(pipe, settings("sdpa") | stack) as run:
+        found = [sana.paint(pipe, steps=3, **SANA[given]), sana.paint(pipe, steps=3)]
+        assert run.report is not None and "attention sdpa" in run.report.line() and run.report.notes[1:] == []
+    assert all(float((one - other).norm() / other.norm()) < 1e-5 for one, other in zip(found, stock, strict=True))
+    latents, report = hastened_sana(pipe, settings("int8") | stack, **SANA[given])
+    assert rough and "attention int8" in report.line()
+    assert 0 < float((latents - stock[0]).norm() / stock[0].norm()) < 0.05
+    assert torch.equal(sana.paint(pipe, steps=3), stock[1])
+
+
+def hastened_sana(pipe: Any, recipe: dict[str, Any], **given: Any) -> tuple[Tensor, Any]:
+    with hasten.accelerate(pipe, recipe) as run:
+        return sana.paint(pipe, steps=3, **given), run.report
+
+
+def test_a_masked_word_between_others_is_left_out_too() -> None:
+    pipe, given = sana.sana(), sana.words(9)
+    given["prompt_attention_mask"][0, 4] = 0
+    stock = sana.paint(pipe, steps=3, **given)
+    latents, _ = hastened_sana(pipe, settings("sdpa"), **given)
+    assert float((latents - stock).norm() / stock.norm()) < 1e-5
+    given["prompt_attention_mask"][0, 4] = 1
+    assert float((sana.paint(pipe, steps=3, **given) - stock).norm() / stock.norm()) > 1e-4
+
+
+def test_a_bare_call_heeds_its_own_mask() -> None:
+    """Outside of a run too: what the last call's mask left out is not this one's."""
+    pipe, given = sana.sana(), sana.words(3, negative=False)
+    call = {
+        "hidden_states": sana.noise(1, 32, 4, 4, seed=1),
+        "encoder_hidden_states": given["prompt_embeds"],
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+    masks = [given["prompt_attention_mask"], torch.ones(1, 10), None]
+    with torch.no_grad():
+        stock = [pipe.transformer(encoder_attention_mask=mask, **call)[0] for mask in masks]
+        handle = hasten.apply(pipe.transformer, settings("sdpa"))
+        for mask, wanted in zip(masks, stock, strict=True):
+            out = pipe.transformer(encoder_attention_mask=mask, **call)[0]
+            assert float((out - wanted).norm() / wanted.norm()) < 1e-5
+        handle.remove()

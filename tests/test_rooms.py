@@ -26,7 +26,7 @@ class Room:
 DATA = ("data",)  # where shipped files lie: pathlib only
 # can be worked out on paper
 PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
-TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_streams")
+TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_keys", "attention_streams")
 INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
 MEMORY = ("lane", "call", "session", "gate", "report", *INSIDE)
 TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
@@ -43,8 +43,8 @@ ROOMS = (
     Room(("kernels",), hasten=("kernels",), packages=("torch", "triton")),
     Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),
     Room(
-        ("attention", "attention_backends", "attention_streams"),
-        hasten=("kernels", "attention", "attention_backends"),
+        ("attention", "attention_backends", "attention_keys", "attention_streams"),
+        hasten=("kernels", "attention", "attention_backends", "attention_keys"),
         packages=("torch", "sageattention", "flash_attn_interface", "spas_sage_attn", "comfy_kitchen"),
     ),
     Room(

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sparse, sparse_fused
+from hasten.attention_keys import Kept, attend_kept
 from hasten.kernels.streams import Streams
 
 # In the order of wishes; what cannot be used gives way to the next.
@@ -64,6 +65,8 @@ class Attention:
         self.grid: tuple[int, int] | None = None
         # Or, for each head, what was tuned: see sparse.Heads.
         self.heads: tuple[Tensor, Tensor, Tensor] | None = None
+        # Which keys count, where a host leaves out what a mask would mask.
+        self.kept: Kept | None = None
         self.used: dict[str, int] = {}
         self._chosen: dict[Ask, Backend] = {}
         self.number = id(self)
@@ -78,7 +81,8 @@ class Attention:
     def state(self) -> tuple[Hashable, ...]:
         """What a call's launches depend on beside its tensors: equal states, equal launches."""
         heads = None if self.heads is None else id(self.heads)
-        return self.number, self.exact, self.keep, self.text_rows, self.grid, heads
+        kept = None if self.kept is None else tuple(n if isinstance(n, int) else id(n) for n in self.kept)
+        return self.number, self.exact, self.keep, self.text_rows, self.grid, heads, kept
 
     @property
     def line(self) -> str:
@@ -146,6 +150,9 @@ class Attention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The call itself, outside of any graph."""
+        return self._attend(q, k, v) if self.kept is None else attend_kept(self._attend, q, k, v, self.kept)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         backend = BACKENDS["sdpa"] if self.exact else self.choose(Ask.of(q, k))
         attend = backend.attend
         if backend.name == "sparse":

@@ -263,10 +263,12 @@ class Handle:
                 self._session = awaited()
                 self._begun()
             session = self._session
+            given = signature.bind(*args, **kwargs).arguments
+            if self.attention is not None:
+                self.attention.leave_out(given.get("encoder_attention_mask"))
             if session is None:
                 self._note_outside()
                 return slot.inner(*args, **kwargs)
-            given = signature.bind(*args, **kwargs).arguments
             x, timestep = given["hidden_states"], given["timestep"]
             known = self._sigma()
             self._call = call = session.enter(

@@ -1,4 +1,4 @@
-"""diffusers_attention.py gives a FLUX transformer's blocks the attention that a recipe names, and takes it away again.
+"""diffusers_attention.py gives a transformer's blocks the attention that a recipe names, and takes it away again.
 
 Processors of the instances are changed, nothing of diffusers itself; blocks that stay exact keep theirs. Whether a
 step stays exact is set from outside, before each call of the model: compiled blocks never see it.
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from hasten import recipe
 from hasten.attention import FUSED, Attention
+from hasten.attention_keys import Kept, kept_keys
 from hasten.attention_streams import asked, attend_streams
+from hasten.hosts.diffusers_sana_attention import sana_processor
 from hasten.report import Report
 from hasten.sparse import load_settings
 
@@ -50,18 +52,20 @@ class HungAttention:
                     attention.heads = found.keep, found.alike, found.skip_below
                 else:
                     attention.exact = attention.always_exact = True
+        self._mask: tuple[Tensor, int] | None = None
+        self._kept: Kept | None = None
         self._places: Tensor | None = None
         self._grid: tuple[int, int] | None = None
         self._undo: list[Callable[[], None]] = []
         others: set[str] = set()
         for index, block in enumerate(blocks):
-            attn: Any = getattr(block, "attn", None)
+            # Sana's self-attention is linear: only the one to the words has a softmax.
+            attn: Any = getattr(block, "attn2" if type(block).__name__ == "SanaTransformerBlock" else "attn", None)
             processor: Any = getattr(attn, "processor", None)
-            if type(processor).__name__ != "FluxAttnProcessor" or processor._parallel_config is not None:
+            ours = _in_place_of(processor)
+            if ours is None:
                 others.add(type(processor or block).__name__)
             elif index not in wanted.exact_blocks:
-                ours = _processor()()
-                ours._attention_backend = processor._attention_backend
                 ours.hasten_attention = self.attentions[index]
                 attn.processor = ours
                 self._undo.append(functools.partial(setattr, attn, "processor", processor))
@@ -79,6 +83,14 @@ class HungAttention:
         for attention in {id(a): a for a in self.attentions}.values():
             attention.exact = attention.always_exact or last or interval < self.wanted.exact_first
             attention.text_rows, attention.grid = text_rows, self._grid
+
+    def leave_out(self, mask: Tensor | None) -> None:
+        """Before each call of a Sana: the words that it masks, see kept_keys. Asks the device once for each mask."""
+        now = None if mask is None else (mask, -1 if mask.is_inference() else mask._version)
+        if now is None or self._mask is None or self._mask[0] is not mask or self._mask[1] != now[1]:
+            self._mask, self._kept = now, kept_keys(mask)
+        for attention in self.attentions:
+            attention.kept = self._kept
 
     def tell(self, report: Report) -> None:
         """What was used since the last time, for a run's report."""
@@ -117,6 +129,17 @@ def block_names(blocks: list[nn.Module]) -> list[str]:
     """The names of a FLUX's blocks in settings' files: `double_blocks.0`, ..., `single_blocks.0`, ..."""
     doubles = sum(type(block).__name__ == "FluxTransformerBlock" for block in blocks)
     return [f"double_blocks.{i}" if i < doubles else f"single_blocks.{i - doubles}" for i in range(len(blocks))]
+
+
+def _in_place_of(processor: Any) -> Any:
+    """Our processor for one of diffusers' own, or None for any other."""
+    if type(processor).__name__ == "SanaAttnProcessor2_0":
+        return sana_processor()()
+    if type(processor).__name__ != "FluxAttnProcessor" or processor._parallel_config is not None:
+        return None
+    ours = _processor()()
+    ours._attention_backend = processor._attention_backend
+    return ours
 
 
 def _norms(attn: Any) -> list[Any]:

@@ -74,10 +74,13 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             values = [next(left) if isinstance(value, Tensor) else value for value in given]
             return (call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),)
 
-        marks = [id(part.__dict__.get("processor")) for part in parts]
+        attention = getattr(block.attn2.processor, "hasten_attention", None)  # type: ignore[union-attr]
+        marks: list[Hashable] = [id(part.__dict__.get("processor")) for part in parts]
+        marks.append(None if attention is None else attention.state)
         for part in parts:
             lie = (*part._parameters.values(), *part._buffers.values())
             marks += [id(part), *(tensor.data_ptr() for tensor in lie if tensor is not None)]
-        return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called)[0]
+        used = None if attention is None else attention.used
+        return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called, used)[0]
 
     return run
