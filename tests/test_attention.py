@@ -169,3 +169,18 @@ def test_it_is_one_step_of_a_graph() -> None:
     attention.exact = True
     compiled(q, k, v)
     assert counted.frame_count == 1
+
+
+def test_no_state_is_taken_for_one_whose_attention_or_keys_are_gone() -> None:
+    seen = set()
+    one = Attention("sdpa")
+    for name in ("sdpa", "sparse") * 8:  # each where the one before lay, as far as Python goes
+        one.kept = (torch.tensor([0, 2]),)
+        for state in (Attention(name).state, one.state):
+            assert state not in seen
+            seen.add(state)
+    assert one.state == one.state and hash(one.state) == hash(one.state)
+    one.kept = (3, 3)
+    before = one.state
+    one.kept = (3, 3)
+    assert one.state == before

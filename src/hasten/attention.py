@@ -40,6 +40,19 @@ TEST_ROWS = 1024
 _LIVE: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
 
 
+class Itself:
+    """Equal where the very same object is held. It is held: an id alone may be the next object's once this is gone."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Itself and other.held is self.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+
 class Attention:
     """One model's attention. exact: while it is set, calls take torch's own; said: why anything gave way."""
 
@@ -70,6 +83,8 @@ class Attention:
         self.used: dict[str, int] = {}
         self._chosen: dict[Ask, Backend] = {}
         self.number = id(self)
+        # What `state` knows this one by: its number is another's as soon as this one is gone.
+        self._mark = object()
         _LIVE[self.number] = self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,9 +95,8 @@ class Attention:
     @property
     def state(self) -> tuple[Hashable, ...]:
         """What a call's launches depend on beside its tensors: equal states, equal launches."""
-        heads = None if self.heads is None else id(self.heads)
-        kept = None if self.kept is None else tuple(n if isinstance(n, int) else id(n) for n in self.kept)
-        return self.number, self.exact, self.keep, self.text_rows, self.grid, heads, kept
+        kept = None if self.kept is None else tuple(n if isinstance(n, int) else Itself(n) for n in self.kept)
+        return Itself(self._mark), self.exact, self.keep, self.text_rows, self.grid, Itself(self.heads), kept
 
     @property
     def line(self) -> str:
