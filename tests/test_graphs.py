@@ -92,6 +92,31 @@ def test_past_the_limit_blocks_run_as_they_are_and_the_report_says_so() -> None:
     assert report.graphs == 1 and "which is the limit" in report.line()
 
 
+def test_past_the_limit_a_view_finds_what_was_compiled_for_a_tensor_of_its_own() -> None:
+    class Layer(torch.nn.Module):
+        times = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.compiler.is_compiling():
+                self.times += 1
+            return x * 2
+
+    class Other(Layer):
+        pass
+
+    compiler = Compiler(backend="eager", limit=1, say=lambda text: None)
+    layer, other = Layer(), Other()
+    compiled, too_many = compiler.compile(layer), compiler.compile(other)
+    whole = torch.arange(96.0).view(1, 12, 8)
+    with torch.no_grad():
+        for x in (whole.clone(), whole[:, :5].clone(), whole[:, :7]):
+            compiled(x)
+        too_many(whole)
+        assert (layer.times, other.times) == (0, 1)
+        assert torch.equal(compiled(whole[:, :9]), whole[:, :9] * 2)
+    assert layer.times == 0
+
+
 def test_what_does_not_compile_runs_as_it_is_and_says_so() -> None:
     class Stubborn(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -100,12 +100,12 @@ class Compiler:
     def _run(self, compiled: Call, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if type(module) in self._failed:
             return module._call_impl(*args, **kwargs)
+        args = tuple(_without_base(value) for value in args)
+        kwargs = {name: _without_base(value) for name, value in kwargs.items()}
         if self._full:
             # What is compiled already runs on; what would need a graph of its own runs as it is.
             with torch.compiler.set_stance("eager_on_recompile"):
                 return compiled(module, *args, **kwargs)
-        args = tuple(_without_base(value) for value in args)
-        kwargs = {name: _without_base(value) for name, value in kwargs.items()}
         # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever. Set by hand: the
         # flags' own `patch` takes as long as a block's launches.
         flags: Any = torch.fx.experimental._config
@@ -131,9 +131,13 @@ def _without_base(value: Any) -> Any:
     """A view as a tensor that is none, over the same memory, with the strides of its shape where it is dense.
 
     The compiler takes a view (an embedder's output) and a tensor of its own (the next block's) for two kinds of input,
-    and at batch 1 the slice of a sequence, whose first stride nobody uses, for a third: a graph for each.
+    and at batch 1 the slice of a sequence, whose first stride nobody uses, for a third: a graph for each. A clone of
+    such a slice keeps its strides.
     """
-    if type(value) is not Tensor or value.requires_grad or not value._is_view():
+    if type(value) is not Tensor or value.requires_grad:
+        return value
+    slice_of_one = value.ndim > 1 and value.shape[0] == 1 and value.stride(0) != value.numel()
+    if not value._is_view() and not slice_of_one:
         return value
     with torch.no_grad():
         strides = torch.empty(value.shape, device="meta").stride() if value.is_contiguous() else value.stride()
