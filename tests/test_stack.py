@@ -13,6 +13,7 @@ from runs import paint as paint_in_full
 from torch import Tensor
 
 import hasten
+from hasten.hosts import diffusers_stack
 from hasten.hosts.diffusers_stack import Stack
 from hasten.kernels.linear import FP8
 from hasten.quantize import Linear8, Quantised, format_for
@@ -191,6 +192,33 @@ def test_hooked_blocks_and_calls_with_more_are_run_as_they_are() -> None:
     assert distance(paint(pipe), stock) < 1e-4
 
 
+@pytest.mark.parametrize("sections", [{"compile": {"fuse": "always"}}, {"quantize": INT8}], ids=["fused", "int8"])
+def test_hooks_that_come_later_are_called_and_the_report_says_so(sections: dict[str, Any]) -> None:
+    settings = wanted(**sections)
+    heard: list[int] = []
+    pipe = flux()
+    with hasten.accelerate(pipe, settings) as run:
+        fused = paint(pipe)
+        single = pipe.transformer.single_transformer_blocks[0]
+        for part in (pipe.transformer.transformer_blocks[0], single.proj_out):
+            hook = part.register_forward_hook(lambda *given: heard.append(1))
+            near = paint(pipe)
+            assert run.report is not None and "hooks" in run.report.line()
+            hook.remove()
+            assert len(heard) == 4 and distance(near, fused) < 1e-2
+            heard.clear()
+        assert torch.equal(paint(pipe), fused)
+        assert "hooks" not in run.report.line()
+
+
+def test_casting_that_is_enabled_later_runs_blocks_as_they_are() -> None:
+    pipe, stock = flux(), flux()
+    hasten.prepare(pipe, wanted(compile={"fuse": "always"}))
+    for each in (pipe, stock):
+        each.transformer.enable_layerwise_casting(storage_dtype=FP8, compute_dtype=torch.float32)
+    assert torch.equal(paint(pipe), paint(stock))
+
+
 @pytest.mark.parametrize("sections", [{"compile": EAGER}, {"quantize": INT8}, {"compile": EAGER, "quantize": INT8}])
 def test_a_lora_is_heard_on_top_of_the_stack(sections: dict[str, Any]) -> None:
     pytest.importorskip("peft")
@@ -212,6 +240,55 @@ def test_a_lora_is_heard_on_top_of_the_stack(sections: dict[str, Any]) -> None:
         pipe.unload_lora_weights()
         assert torch.equal(paint(pipe), cached)
     assert torch.equal(paint(pipe), plain)
+
+
+@pytest.mark.parametrize("sections", [{"quantize": INT8}, {"compile": {"fuse": "always"}}], ids=["int8", "fused"])
+@pytest.mark.parametrize("when", ["stays", "goes"])
+def test_leaving_finds_the_layers_wherever_a_lora_has_moved_them(sections: dict[str, Any], when: str) -> None:
+    pytest.importorskip("peft")
+    from test_lora import load
+
+    pipe, expected = flux(), flux()
+    if when == "goes":
+        load(pipe)
+    else:
+        load(expected)
+    with hasten.accelerate(pipe, wanted(**sections)):
+        paint(pipe)
+        if when == "goes":
+            pipe.unload_lora_weights()
+        else:
+            load(pipe)
+        paint(pipe)
+    assert torch.equal(paint(pipe), paint(expected))
+    assert not any(isinstance(module, Linear8) for module in pipe.transformer.modules())
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in pipe.transformer.parameters())
+
+
+def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, quantise, lay = flux(), Linear8.of, diffusers_stack.lay_layers_together
+    before, met = state(pipe.transformer), 0
+
+    def failing(inner: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal met
+            met += 1
+            if met == 4:
+                raise torch.OutOfMemoryError("no memory")
+            return inner(*args)
+
+        return call
+
+    for where, name, inner in ((Linear8, "of", quantise), (diffusers_stack, "lay_layers_together", lay)):
+        met = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, failing(inner))
+            with pytest.raises(torch.OutOfMemoryError):
+                hasten.prepare(pipe, wanted(quantize=INT8))
+        now = pipe.transformer.state_dict()
+        assert now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+        assert all(p.untyped_storage().nbytes() == p.nbytes for p in pipe.transformer.parameters())
+    assert torch.equal(paint(pipe), paint(flux()))
 
 
 def test_a_lora_merged_into_weights_adds_no_graph_and_is_heard() -> None:

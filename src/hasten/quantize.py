@@ -156,15 +156,22 @@ class Quantised:
         keep: bool,
         device: torch.device | None = None,
     ) -> None:
-        self._kept: list[tuple[nn.Module, str, nn.Linear]] = []
+        self._modules = list(modules)
+        self._kept: list[tuple[Linear8, nn.Linear]] = []
         self.keeps = keep
         self.layers = 0
-        for module in modules:
-            for parent, name, layer in list(_linear_layers(module, wanted)):
-                setattr(parent, name, Linear8.of(layer, dtype, device))
-                self.layers += 1
-                if keep:
-                    self._kept.append((parent, name, layer.to("cpu")))
+        try:
+            for module in modules:
+                for parent, name, layer in list(_linear_layers(module, wanted)):
+                    eight = Linear8.of(layer, dtype, device)
+                    setattr(parent, name, eight)
+                    self.layers += 1
+                    if keep:
+                        self._kept.append((eight, layer.to("cpu")))
+        except BaseException:  # out of memory half way, or interrupted
+            if keep:
+                self.undo()
+            raise
 
     def undo(self) -> None:
         """Puts the original layers back, on the device that the quantised ones are on.
@@ -176,9 +183,14 @@ class Quantised:
                 "the original weights were not kept (quantize.keep is false), so the 8-bit ones stay: load the model "
                 "again, or quantise with keep = true."
             )
-        for parent, name, layer in self._kept:
-            now: Any = getattr(parent, name)
-            setattr(parent, name, layer.to(now.weight8.device))
+        kept = {id(eight): (eight, layer) for eight, layer in self._kept}
+        for module in self._modules:
+            for parent in list(module.modules()):
+                # Looked for anew: an adapter (LoRA) that came or went since has moved the layer to another parent.
+                for name, child in list(parent.named_children()):
+                    if id(child) in kept:
+                        eight, layer = kept[id(child)]
+                        setattr(parent, name, layer.to(eight.weight8.device))
         self._kept.clear()
 
 

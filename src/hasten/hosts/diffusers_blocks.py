@@ -139,7 +139,7 @@ def lay_layers_together(block: nn.Module) -> None:
 def lay_layers_apart(block: nn.Module) -> None:
     """Gives each layer memory of its own again; those that have are left alone."""
     for layer in (layer for layers in _side_by_side(block) for layer in layers):
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        for tensor in (*layer.parameters(), *layer.buffers()):  # an adapter may have come around it
             if tensor.untyped_storage().nbytes() > tensor.nbytes:
                 tensor.data = tensor.data.clone()
 

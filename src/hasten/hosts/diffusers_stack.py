@@ -31,10 +31,13 @@ from hasten.recipe import Recipe
 from hasten.replay import Replays
 from hasten.report import Report
 from hasten.sections import Compile, Quantize
+from hasten.taps import NAME
 
 # What stays in the model's own dtype, and why. Modulation sees one row for each picture: nothing to gain, and its error
 # falls on every token. Embedders and the last layer are small and stand at the ends, where no later layer evens it out.
 QUANTISED = ("attn.", "attn1.", "attn2.", "ff.", "ff_context.", "proj_mlp", "proj_out")
+
+HOOKED = "blocks with hooks on them (offloading, casting, listeners) ran as diffusers wrote them"
 
 STACK = "hasten_stack"  # where a transformer's stack is found again
 
@@ -59,6 +62,7 @@ class Stack:
         self.compile, self.quantize = compile or Compile(), quantize or Quantize()
         self.notes: list[str] = []
         self._before = (0, 0.0)
+        self._stepped_aside = False
         blocks = blocks_of(transformer)
         at = device or next(transformer.parameters()).device
         bits = None if self.quantize.format == "none" else format_for(self.quantize.format, at)
@@ -68,26 +72,36 @@ class Stack:
         # Apart from the blocks', for each keeps its own few sizes: two prompts' lengths here.
         self.read = self._replays(self.compile.text)
         self._quantised: Quantised | None = None
-        if bits is not None:
-            if not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
-                raise ValueError(
-                    f"{type(transformer).__name__} has none of the layers that are kept in 8 bits, which are FLUX's: "
-                    "leave [quantize] out."
-                )
-            self._quantised = Quantised(blocks, FORMATS[bits], wanted=_wanted, keep=self.quantize.keep, device=device)
         self._taken: list[tuple[nn.Module, Any, Any]] = []
-        fuse = self.compile.fuse == "always" or (self.compile.fuse == "auto" and (self.compile.blocks or bits))
         self._laid: list[nn.Module] = []
+        self._last: list[nn.Module] = []
+        if bits is not None and not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
+            raise ValueError(
+                f"{type(transformer).__name__} has none of the layers that are kept in 8 bits, which are FLUX's: "
+                "leave [quantize] out."
+            )
+        transformer.__dict__[STACK] = self
+        try:
+            self._build(blocks, beside, bits, device)
+        except BaseException:  # out of memory half way, or interrupted
+            if self._quantised is None or self._quantised.keeps:
+                self.undo()
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _build(
+        self, blocks: list[nn.Module], beside: Beside | None, bits: str | None, device: torch.device | None
+    ) -> None:
+        if bits is not None:
+            self._quantised = Quantised(blocks, FORMATS[bits], wanted=_wanted, keep=self.quantize.keep, device=device)
+        fuse = self.compile.fuse == "always" or (self.compile.fuse == "auto" and (self.compile.blocks or bits))
         self._fused = [block for block in blocks if fuse and self._take_block(block)]
         if not fuse and self.compile.blocks:
             for block in blocks:
                 self._take(block, block)
-        self._last: list[nn.Module] = []
         self._take_beside(beside or Beside())
         self.words = self._describe(bits)
-        transformer.__dict__[STACK] = self
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     @property
     def graphs(self) -> int:
@@ -102,6 +116,7 @@ class Stack:
     def begin(self) -> None:
         """A run begins: what was compiled before is not its own."""
         self._before = self.graphs, self.seconds
+        self._stepped_aside = False
 
     def tell(self, report: Report) -> None:
         """Writes into a run's report what the model is, and what was compiled since it began."""
@@ -110,7 +125,7 @@ class Stack:
         if taken:
             report.model += f", launches replayed ({taken / 2**20:.0f} MiB)"
         report.graphs, report.compile_s = self.graphs - self._before[0], self.seconds - self._before[1]
-        for note in self.notes:
+        for note in (*self.notes, *([HOOKED] if self._stepped_aside else ())):
             report.note(note)
 
     def serves(self, recipe: Recipe) -> bool:
@@ -163,8 +178,8 @@ class Stack:
         """Whether the block runs as fused passes from now on; if not, it is at most compiled."""
         stand_in = fused(block)
         if stand_in is not None:
-            lay_layers_together(block)
             self._laid.append(block)
+            lay_layers_together(block)
         elif is_plain(block):
             stand_in = FusedSana(block)
         if stand_in is not None or self.compile.blocks:
@@ -174,8 +189,8 @@ class Stack:
     def _take_beside(self, beside: Beside) -> None:
         if beside.decoder is not None:
             if is_deep_compression(beside.decoder):
-                lay_channels(beside.decoder, torch.channels_last)
                 self._last.append(beside.decoder)
+                lay_channels(beside.decoder, torch.channels_last)
             for part in parts_of(beside.decoder):
                 self._take(part, part)
         for encoder in beside.encoders:
@@ -189,6 +204,8 @@ class Stack:
         ours = self._compiled(call) if compiled else call._call_impl
         if self.replays is not None and call is not module:
             ours = (replayed_sana if isinstance(call, FusedSana) else replayed)(module, ours, self.replays)
+        if call is not module:
+            ours = self._unless_hooked(module, ours)
         self._put(module, ours)
 
     def _compiled(self, module: nn.Module) -> Any:
@@ -198,6 +215,21 @@ class Stack:
         before = module.__dict__.get("_compiled_call_impl")
         module._compiled_call_impl = ours
         self._taken.append((module, ours, before))
+
+    def _unless_hooked(self, block: nn.Module, ours: Any) -> Any:
+        """`ours`, or the block as it is while a part has a hook, which fused passes would never call: offloading or
+        casting that was enabled since, a listener of the user's."""
+        parts = [part.__dict__ for part in block.modules() if not isinstance(part, nn.ModuleList)]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for part in parts:
+                taps = NAME in part  # our own listen to the block where it can be heard, and know that it may not
+                if "forward" in part or part["_forward_pre_hooks"] or len(part["_forward_hooks"]) > taps:
+                    self._stepped_aside = True
+                    return block._call_impl(*args, **kwargs)
+            return ours(*args, **kwargs)
+
+        return run
 
     def _describe(self, bits: str | None) -> str:
         compiled = self.compiler is not None and self.compiler.works
