@@ -87,6 +87,44 @@ def test_latents_decisions_and_pictures_are_diffusers(nano: Any, pipe: Any, sett
     assert picture.std() > 0.05, "a picture, not a plain one"
 
 
+def run_node(kind: Any, **given: Any) -> Any:
+    """A node of core's, of whichever of its two styles: its outputs."""
+    new = hasattr(kind, "execute")
+    found = kind.execute(**given) if new else getattr(kind(), kind.FUNCTION)(**given)
+    return found.args if new else found
+
+
+def test_custom_samplers_and_tiles_are_the_plain_nodes(nano: Any) -> None:
+    """SamplerCustomAdvanced ends where KSampler does, decisions too; VAE Decode (Tiled) near what is decoded whole."""
+    import comfy_extras.nodes_custom_sampler as custom
+    import nodes
+
+    model, clip, vae = nano
+    patched = host.put_recipe(model, Recipe.load("balanced"))
+    positive, negative = conditions(clip)
+    empty = {"samples": torch.zeros(1, 32, 12, 12)}
+    plain = nodes.common_ksampler(patched, 3, 12, 4.5, "euler", "simple", positive, negative, empty)[0]["samples"]
+    strip = host.reports_of(patched)[-1].strip
+    guider = run_node(custom.CFGGuider, model=patched, positive=positive, negative=negative, cfg=4.5)[0]
+    sampled = run_node(
+        custom.SamplerCustomAdvanced,
+        noise=run_node(custom.RandomNoise, noise_seed=3)[0],
+        guider=guider,
+        sampler=run_node(custom.KSamplerSelect, sampler_name="euler")[0],
+        sigmas=run_node(custom.BasicScheduler, model=patched, scheduler="simple", steps=12, denoise=1.0)[0],
+        latent_image=empty,
+    )[0]
+    assert torch.equal(sampled["samples"], plain)
+    assert host.reports_of(patched)[-1].strip == strip and "." in strip
+    whole = run_node(nodes.VAEDecode, vae=vae, samples=sampled)[0]
+    tiled = run_node(
+        nodes.VAEDecodeTiled, vae=vae, samples=sampled, tile_size=256, overlap=64, temporal_size=64, temporal_overlap=8
+    )[0]
+    assert whole.shape == tiled.shape == (1, 384, 384, 3)
+    # DC-AE's attention looks at a whole tile: shades shift a little from tile to tile.
+    assert (whole - tiled).abs().mean() < 0.2 * whole.std()
+
+
 def test_a_live_preview_can_be_made(nano: Any) -> None:
     import comfy.latent_formats
     import latent_preview
