@@ -2,13 +2,15 @@
 
     python benchmarks/sana.py                                # 600M and 1600M at 1024x1024 and 4096x4096
     python benchmarks/sana.py --sizes 1600M --sides 1024     # about a minute and a half
+    python benchmarks/sana.py --sides 4096 --ways eager "all compiled" --add    # beside what the file has already
+    python benchmarks/sana.py --table benchmarks/results/sana.csv               # only the README's table
     python benchmarks/sana.py --tiny --device cpu            # proves that it runs, its figures mean nothing
 
 Random weights take the time of trained ones and say nothing of pictures. What is timed is a SanaPipeline's whole call:
 Gemma-2-2b on the prompt behind its instruction and on an empty one, 20 guided steps, DC-AE's decoder (in tiles above
 2048), in bfloat16. Each stack without a cache is held against itself with gates that never reuse (gates_exact: the
 same to the bit), and its latents against diffusers' own (latents_off). Rewrites benchmarks/results/sana.csv after each
-way of drawing; prints a short table last.
+way of drawing, of which one that fails is told and left out; prints a short table last.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,41 +177,53 @@ def encoded(pipe: Any, device: torch.device) -> dict[str, Any]:
 
 
 def measure(
-    pipe: Any, side: int, name: str, device: torch.device, plain: Tensor, repeats: int, watch: bool
-) -> dict[str, Any]:
-    """One way's row. plain: what diffusers alone makes of the prompt, latents."""
+    pipe: Any, side: int, name: str, device: torch.device, plain: Tensor | None, repeats: int, watch: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """One way's row, and its latents. plain: diffusers' own latents, None while they are not drawn yet."""
     import hasten
 
     method, compiled, quantized = WAYS[name]
     words = encoded(pipe, device)
     began = time.perf_counter()
     stack = hasten.prepare(pipe, {"schema": 1, "compile": compiled, "quantize": quantized}) if compiled else None
-    exact = ""
-    if method is None and stack is not None:
-        same = draw(pipe, side, steps=3, out="latent", **words)
-        with hasten.accelerate(pipe, {"schema": 1, "cache": {"method": "interval", "every": 1}}):
-            exact = str(torch.equal(draw(pipe, side, steps=3, out="latent", **words), same))
-    with hasten.accelerate(pipe, method or {"schema": 1}) as run:
-        latents = draw(pipe, side, out="latent", **words)
-        draw(pipe, side)
-        wait(device)
-        first_s = time.perf_counter() - began
-        whole_ms = milliseconds(lambda: draw(pipe, side), device, repeats=repeats)
-        run_ms = milliseconds(lambda: draw(pipe, side, out="latent", **words), device, repeats=repeats, warm=0)
-        with torch.no_grad():
-            encoder_ms = milliseconds(lambda: encoded(pipe, device), device, repeats=repeats, warm=0)
-            given = latents.to(pipe.vae.dtype)
-            decoder_ms = milliseconds(lambda: pipe.vae.decode(given), device, repeats=repeats, warm=0)
-        if watch and compiled and device.type == "cuda":
-            profile(pipe, side, device)
-    if stack is not None:
-        stack.undo()
-    off = float((latents.float() - plain.float()).norm() / plain.float().norm())
+    exact, drawn = "", []
+    try:
+        if method is None and stack is not None:
+            same = [draw(pipe, side, steps=3, out="latent", **words) for _ in range(2)][1]
+            with hasten.accelerate(pipe, {"schema": 1, "cache": {"method": "interval", "every": 1}}):
+                exact = str(torch.equal(draw(pipe, side, steps=3, out="latent", **words), same))
+        # "eager" is diffusers alone.
+        ours = hasten.accelerate(pipe, method or {"schema": 1}) if method or compiled else nullcontext()
+        with ours as run:
+            draw(pipe, side)
+            wait(device)
+            first_s = time.perf_counter() - began
+            whole_ms = milliseconds(lambda: draw(pipe, side), device, repeats=repeats, warm=0)
+            run_ms = milliseconds(
+                lambda: drawn.append(draw(pipe, side, out="latent", **words)), device, repeats=repeats, warm=0
+            )
+            latents = drawn[-1]
+            encoder_ms = milliseconds(lambda: encoded(pipe, device), device, repeats=repeats)
+            decoder_ms = milliseconds(lambda: decoded(pipe, latents), device, repeats=repeats, warm=int(side <= 2048))
+            if watch and compiled and device.type == "cuda":
+                profile(pipe, side, device)
+    finally:
+        if stack is not None:
+            stack.undo()
+    off = 0.0 if plain is None else float((latents.float() - plain.float()).norm() / plain.float().norm())
+    report = None if run is None else run.report
     return {
-        "way": name, "computed": run.report.computed, "whole_ms": whole_ms, "denoise_ms": run_ms,
-        "step_ms": run_ms / STEPS, "decoder_ms": decoder_ms, "encoder_ms": encoder_ms, "latents_off": off,
-        "gates_exact": exact, "first_s": first_s, "notes": "; ".join(run.report.notes),
-    }  # fmt: skip
+        "way": name, "computed": STEPS if report is None else report.computed, "whole_ms": whole_ms,
+        "denoise_ms": run_ms, "step_ms": run_ms / STEPS, "decoder_ms": decoder_ms, "encoder_ms": encoder_ms,
+        "latents_off": off, "gates_exact": exact, "first_s": first_s,
+        "notes": "" if report is None else "; ".join(report.notes),
+    }, latents  # fmt: skip
+
+
+@torch.no_grad()
+def decoded(pipe: Any, latents: Tensor) -> Any:
+    """The decoder's part of a call."""
+    return pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
 
 
 def profile(pipe: Any, side: int, device: torch.device) -> None:
@@ -238,31 +253,44 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="small models at 128x128; nothing is written")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--add", action="store_true", help="keep the file's other rows")
+    parser.add_argument("--table", type=Path, help="only rewrite the README's table, from this CSV")
     args = parser.parse_args()
+    if args.table:
+        write_readme(kept(args.table))
+        return
     device, dtype = torch.device(args.device), torch.bfloat16
     sizes, sides = (["tiny"], [128]) if args.tiny else (args.sizes, args.sides)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     rows: list[dict[str, Any]] = []
+    before = kept(args.out) if args.add and args.out.exists() else []
     encoder, decoder = build_encoder(device, dtype, tiny=args.tiny), build_decoder(device, dtype, tiny=args.tiny)
     for side in sides:
         for size in sizes:
             pipe = build(size, side, encoder, decoder, device, dtype)
-            plain = draw(pipe, side, out="latent")
-            eager = None
+            plain = eager = None
             for way in args.ways:
-                row = measure(pipe, side, way, device, plain, 1 if side > 2048 else 3, args.profile)
-                eager = eager or row["whole_ms"]
-                rows.append({"size": size, "side": side, **row, "of_eager": row["whole_ms"] / eager})
+                try:
+                    row, latents = measure(pipe, side, way, device, plain, 1 if side > 2048 else 3, args.profile)
+                except Exception as error:  # the other ways are measured all the same
+                    print(f"{size} {side} {way}: {type(error).__name__}: {str(error).strip()[:300]}", flush=True)
+                    continue
+                if way == "eager":
+                    plain, eager = latents, row["whole_ms"]
+                rows.append(
+                    {"size": size, "side": side, **row, "of_eager": row["whole_ms"] / (eager or row["whole_ms"])}
+                )
                 rows[-1] |= {"device": name, "torch": torch.__version__}
                 told = ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
                 print(told, flush=True)
                 if not args.tiny:
-                    write(rows, args.out)
+                    new = {(r["size"], str(r["side"]), r["way"]) for r in rows}
+                    write([*(r for r in before if (r["size"], r["side"], r["way"]) not in new), *rows], args.out)
             del pipe
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if args.out == RESULTS and not args.tiny:
-        write_readme(rows)
+        write_readme(kept(RESULTS))
     print(f"{name}, bfloat16, {STEPS} steps with CFG {GUIDANCE}, random weights; milliseconds")
     print(f"size    side {'way':38} computed     step    whole  decoder  encoder of eager      off")
     for r in rows:
@@ -272,20 +300,29 @@ def main() -> None:
         )
 
 
+def kept(path: Path) -> list[dict[str, Any]]:
+    """The file's rows."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def write_readme(rows: list[dict[str, Any]]) -> None:
-    """The README's table."""
-    head = ["model, size", "way", "steps computed", "text to pixels", "of eager", "encoder, steps, decoder"]
-    tables.rewrite("sana", head, [
-        [f"{r['size']}, {r['side']}x{r['side']}", r["way"], str(r["computed"]), f"{r['whole_ms']:.0f} ms",
-         f"{r['of_eager']:.2f}", f"{r['encoder_ms']:.0f} + {r['denoise_ms']:.0f} + {r['decoder_ms']:.0f} ms"]
-        for r in rows
-    ])  # fmt: skip
+    """The README's table: each part in milliseconds, and its share of the three."""
+    head = ["model, size", "way", "steps computed", "text to pixels", "of eager", "encoder", "steps", "decoder"]
+    body = []
+    for r in rows:
+        parts = [float(r[f"{name}_ms"]) for name in ("encoder", "denoise", "decoder")]
+        body.append([
+            f"{r['size']}, {r['side']}x{r['side']}", r["way"], str(r["computed"]), f"{float(r['whole_ms']):.0f} ms",
+            f"{float(r['of_eager']):.2f}", *(f"{part:.0f} ms, {100 * part / sum(parts):.0f} %" for part in parts),
+        ])  # fmt: skip
+    tables.rewrite("sana", head, body)
 
 
 def write(rows: list[dict[str, Any]], path: Path) -> None:
     """Rewrites the file."""
     path.parent.mkdir(exist_ok=True, parents=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in rows)
