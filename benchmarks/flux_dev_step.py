@@ -63,7 +63,7 @@ def main() -> None:
     print(f"references after {time.perf_counter() - begun:.0f} s", flush=True)
     rows: list[dict[str, Any]] = []
     if args.reused:
-        for name, ms in reused_rows(model, cudnn, inputs[sizes[0]], ours()):
+        for name, ms in reused_rows(model, cudnn, inputs[sizes[0]], ours(), profile=args.profile):
             row = {"stack": name, "size": size_name(sizes[0]), "ms_per_step": round(ms, 2)}
             rows.append({c: "" for c in COLUMNS} | row)
             print(f"{name}  {ms:.2f}", flush=True)

@@ -129,6 +129,26 @@ def test_what_does_not_compile_runs_as_it_is_and_says_so() -> None:
     assert len(said) == 1 and "Stubborn runs uncompiled" in said[0]
 
 
+def test_layers_that_each_want_a_graph_of_their_own_run_on_past_torchs_limit() -> None:
+    class Numbered(torch.nn.Module):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if self.number == 0 else x * self.number
+
+    said: list[str] = []
+    compiler = Compiler(backend="eager", say=said.append)
+    layers = [Numbered(i) for i in range(12)]
+    calls = [compiler.compile(layer) for layer in layers]
+    for _ in range(2):
+        for layer, call in zip(layers, calls, strict=True):
+            assert torch.equal(call(torch.ones(3)), layer(torch.ones(3)))
+    assert 0 < compiler.graphs <= 8
+    assert len(said) == 1 and "no more graphs of Numbered" in said[0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 def test_inductor_keeps_the_law_and_comes_near() -> None:

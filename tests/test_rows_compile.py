@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from hasten.kernels import gated_conv, linear_attention, rows
+from hasten.kernels import gated_conv, linear_attention, residual_sums, rows
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -82,6 +83,9 @@ WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
     "gelu": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
         noise(b * n, 256) if joint else None, noise(b * n, 1024), dtype
     ),
+    "gelu by the GPU's own units": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
+        noise(b * n, 256) if joint else None, noise(b * n, 768), dtype, fast=True
+    ),
     "split": lambda b, t, n, dtype, joint: rows.split_streams_by_triton(noise(b, t + n, 256), t, dtype),
     "norm_rope": lambda b, t, n, dtype, joint: rows.norm_rope_by_triton(
         *(noise(b * (t + n), 1024), (noise(128),) * 4, noise(t + n, 64), noise(t + n, 64)),
@@ -112,3 +116,27 @@ def test_every_launch_compiles_for_a_gpu(
                 done.add(key)
                 assert "cubin" in compile_for_hopper(kernel, args, options).asm
     assert done
+
+
+class Noted:
+    """A kernel whose launches are noted instead."""
+
+    def __init__(self, kernel: Any, found: list[Launch]) -> None:
+        self.kernel, self.found = kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.found.append((self.kernel, args, options))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2048, 1024)])
+@pytest.mark.parametrize("to_previous", [True, False])
+def test_the_change_compiles_for_a_gpu(shape: tuple[int, ...], to_previous: bool) -> None:
+    found: list[Launch] = []
+    kernels = residual_sums.triton_kernels()
+    noted = SimpleNamespace(
+        change_parts=Noted(kernels.change_parts, found), change_whole=Noted(kernels.change_whole, found)
+    )
+    residual_sums.launch(noted, *(noise(*shape) for _ in range(3)), to_previous)
+    assert len(found) == 2
+    for launch in found:
+        compile_for_hopper(*launch)

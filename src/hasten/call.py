@@ -22,7 +22,11 @@ from hasten.policy import Decision
 from hasten.predict import Predictor
 from hasten.recipe import Cache
 from hasten.report import Clock, Report
-from hasten.signal import half_cosine, largest, mean_abs, relative_l1
+from hasten.seam import Signal
+from hasten.signal import largest, mean_abs
+
+# Kinds of devices that work on while the host waits for a number.
+AHEAD = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,14 @@ class Call:
         self.refreshing = False
         self.ahead: list[Tensor] | None = None  # a partial evaluation's tokens after the last block, known at block 0
         self.excuse = ""
+        # What a host does with the stand-in, (B, N, C), while the decision is still on its way from the device.
+        self.onward: Callable[[Tensor], None] = lambda image: None
         self.clock = Clock()
         self._seam = 0
         self._kept: dict[int, Tensor] = {}
         self._entries: dict[int, Tensor] = {}
         self._signals: dict[int, Tensor] = {}
+        self._stood: Tensor | None = None
 
     def keep_entry(self, block: int, image: Tensor) -> None:
         """Keeps a block's input because a residual is measured from it."""
@@ -63,25 +70,35 @@ class Call:
         self._kept[seam] = image.detach().clone()
 
     def arrive(self, seam: int, image: Tensor, modulated: Callable[[], Tensor] | None = None) -> None:
-        """At a seam: measures, decides (or follows the evaluation's decision), and keeps the seam's input.
+        """At a seam: measures, decides (or follows the evaluation's decision), and keeps the seam's input or stands in.
 
         image: (B, N, C). modulated: gives block 0's modulated input, (B, N, C), where the plan measures that.
         """
-        self._kept[seam] = image.detach().clone()
+        image = image.detach()
         # Not `any` over a generator: each row's history is looked at.
         if any([row.lane.at(seam).forget_unlike(image) for row in self.rows]):
             self.terms.report.note("the number of image tokens changed: computed afresh from there")
         self._plan_memory(image)
-        now = self._signal(seam, self._kept[seam], modulated)
+        entry = self._entries.pop(self.plan.entries.get(seam, -1), None)
+        cache = self.terms.cache
+        signal = Signal(self.plan.signal, cache, image, entry, lambda: self._modulated_input(modulated))
         ongoing = self.ongoing
         fresh = any(not row.lane.at(seam).deltas for row in self.rows)
+        self._stood = None
         with self.terms.lock:
             if ongoing.decision is None:
-                self._decide(seam, now, fresh)
+                self._decide(seam, image, signal, fresh)
             elif ongoing.decision is Decision.REUSE and seam == ongoing.seam:
                 # Another lane's call took the decision; a lane without history computes all the same.
                 self._follow(seam, fresh)
-        self._refer(seam, now)
+        self._refer(seam, signal)
+        if not self.standing_in:
+            # Blocks and hosts add in place: a copy, not a reference.
+            self._stood = None
+            self._kept[seam] = image.clone()
+        elif self._stood is None:
+            # At once, for what lies in `image` by the end of the span is the host's.
+            self._stand(seam, image)
 
     def finish(self, image: Tensor) -> None:
         """After the span's last block was run: each seam's delta goes into its lanes' histories."""
@@ -108,11 +125,11 @@ class Call:
 
     def stand_in(self) -> Tensor:
         """The seam's input plus the weighted deltas, (B, N, C)."""
-        base = self._kept.pop(self._seam)
+        stood, self._stood = self._stood, None
+        if stood is None:
+            stood = self._summed(self._seam, self._kept.pop(self._seam))
         self._kept.clear()
-        if len(self.rows) == 1:
-            return self._predicted(self.rows[0], base)
-        return torch.cat([self._predicted(row, base[row.rows]) for row in self.rows])
+        return stood
 
     def settle(self, decision: Decision, *, reason: str, forced: bool = False) -> None:
         """Fixes the evaluation's decision; its policy learns of it once."""
@@ -133,30 +150,22 @@ class Call:
                 planned = each * (size * self.terms.predictor.window + compared)
                 self.terms.report.cache_mib_planned += planned / 2**20
 
-    def _predicted(self, row: Row, base: Tensor) -> Tensor:
-        history = row.lane.at(self._seam)
+    def _stand(self, seam: int, image: Tensor) -> None:
+        self._stood = self._summed(seam, image)
+        self.onward(self._stood)
+
+    def _summed(self, seam: int, base: Tensor) -> Tensor:
+        if len(self.rows) == 1:
+            return self._predicted(seam, self.rows[0], base)
+        return torch.cat([self._predicted(seam, row, base[row.rows]) for row in self.rows])
+
+    def _predicted(self, seam: int, row: Row, base: Tensor) -> Tensor:
+        history = row.lane.at(seam)
         weights = self.terms.predictor.weights(history.sigmas, self.ongoing.moment)
         deltas = [history.delta(i, base.device) for i, w in enumerate(weights) if w != 0.0]
         return weighted_sum(base, deltas, [w for w in weights if w != 0.0])
 
-    def _signal(self, seam: int, kept: Tensor, modulated: Callable[[], Tensor] | None) -> Tensor | None:
-        if self.plan.signal == "output":
-            return kept
-        if self.plan.signal == "residual":
-            return kept - self._entries.pop(self.plan.entries[seam])
-        if self.plan.signal == "modulated" and modulated is not None:
-            try:
-                return modulated().detach()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # weights that an offload hook brings only when the block itself is run
-                self.terms.report.note(
-                    "the first block's modulated input cannot be looked at while its weights are offloaded: everything "
-                    "was computed; offload leaf by leaf, or take fbcache, which looks at what the block gives out"
-                )
-        return None
-
-    def _decide(self, seam: int, now: Tensor | None, fresh: bool) -> None:
+    def _decide(self, seam: int, image: Tensor, signal: Signal, fresh: bool) -> None:
         ongoing, policy = self.ongoing, self.ongoing.policy
         last_seam = seam == self.plan.seams[-1]
         reason = policy.forced(ongoing.moment)
@@ -167,7 +176,11 @@ class Call:
             if last_seam:
                 self.settle(Decision.COMPUTE, reason="fresh lane", forced=True)
             return
-        change = self._change(seam, now) if policy.needs_change else None
+        change = None
+        if policy.needs_change:
+            # On a GPU the stand-in is made while the change is on its way: if the blocks are to run, it is dropped.
+            early = image.device.type in AHEAD and len(self.plan.seams) == 1
+            change = self._change(seam, signal, (lambda: self._stand(seam, image)) if early else None)
         ongoing.change = change
         if policy.needs_change and change is None:
             if last_seam:
@@ -190,37 +203,46 @@ class Call:
         self._seam = seam
         self.standing_in = True
 
-    def _change(self, seam: int, now: Tensor | None) -> float | None:
+    def _change(self, seam: int, signal: Signal, meanwhile: Callable[[], None] | None) -> float | None:
         """The largest change among this call's lanes; one synchronisation."""
         changes = []
         for row in self.rows:
-            before = row.lane.at(seam).reference
-            if now is None or before is None:
+            change = signal.change(row.rows, row.lane.at(seam).reference)
+            if change is None:
                 return None
-            changes.append(self._distance(now[row.rows], before))
-        return largest(changes)
+            changes.append(change)
+        return largest(changes, meanwhile)
 
-    def _distance(self, now: Tensor, before: Tensor) -> Tensor:
-        cache = self.terms.cache
-        if cache.distance == "cosine":
-            return half_cosine(now, before)
-        return relative_l1(now, before, relative_to=cache.relative_to)
-
-    def _refer(self, seam: int, now: Tensor | None) -> None:
+    def _refer(self, seam: int, signal: Signal) -> None:
         """Keeps the signal as the next one to compare with: at once, or when this evaluation proves computed."""
-        if now is None:
+        latest = self.terms.cache.compares_with_latest()
+        # A walk may still end in reuse at a later seam: then nothing was computed, and nothing moves.
+        own = signal.own() if latest or not self.standing_in else None
+        if own is None:
             return
-        # `finish` turns the seam's copy into the delta: an output that is kept needs memory of its own.
-        own = now.clone() if self.plan.signal == "output" else now
-        if self.terms.cache.compares_with_latest():
+        if latest:
             self._keep_reference(seam, own)
-        elif not self.standing_in:
-            # A walk may still end in reuse at a later seam: then nothing was computed, and nothing moves.
+        else:
             self._signals[seam] = own
 
     def _keep_reference(self, seam: int, signal: Tensor) -> None:
         for row in self.rows:
             row.lane.at(seam).reference = signal if len(self.rows) == 1 else signal[row.rows].clone()
+
+    def _modulated_input(self, modulated: Callable[[], Tensor] | None) -> Tensor | None:
+        """Block 0's, (B, N, C), or None where nobody gives it or its weights are elsewhere."""
+        if modulated is None:
+            return None
+        try:
+            return modulated().detach()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # weights that an offload hook brings only when the block itself is run
+            self.terms.report.note(
+                "the first block's modulated input cannot be looked at while its weights are offloaded: everything "
+                "was computed; offload leaf by leaf, or take fbcache, which looks at what the block gives out"
+            )
+            return None
 
     # The whole model as one span (EasyCache): input and output are the model's own, (B, ...).
 

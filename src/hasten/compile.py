@@ -24,6 +24,13 @@ INDUCTOR = "inductor"
 Call = Callable[..., Any]
 
 
+# What compiling raises; torch's own limit of graphs for one class, 8, is none of its usual kinds.
+FAILURES: tuple[type[Exception], ...] = (
+    torch._dynamo.exc.TorchDynamoException,
+    *(kind for kind in [getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", None)] if kind is not None),
+)
+
+
 class PastLimit(Exception):
     """Raised by our back-end instead of compiling one graph too many."""
 
@@ -77,6 +84,7 @@ class Compiler:
         self._say = say
         self._backend = Backend(backend, limit)
         self._full = False
+        self._full_kinds: set[type] = set()  # torch compiles no more for them
         self._failed: set[type] = set()
 
     @property
@@ -102,7 +110,7 @@ class Compiler:
             return module._call_impl(*args, **kwargs)
         args = tuple(_without_base(value) for value in args)
         kwargs = {name: _without_base(value) for name, value in kwargs.items()}
-        if self._full:
+        if self._full or type(module) in self._full_kinds:
             # What is compiled already runs on; what would need a graph of its own runs as it is.
             with torch.compiler.set_stance("eager_on_recompile"):
                 return compiled(module, *args, **kwargs)
@@ -112,19 +120,29 @@ class Compiler:
         before, flags.use_duck_shape = flags.use_duck_shape, False
         try:
             return compiled(module, *args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:  # compiling failed; nothing was run yet
-            if isinstance(getattr(error, "inner_exception", None), PastLimit):
-                self._full = True
-                self._say(
-                    f"{self.graphs} graphs are compiled, which is the limit: what would need more runs uncompiled; "
-                    "raise compile.limit if the shapes are meant to vary this much"
-                )
-            else:
-                self._failed.add(type(module))
-                self._say(f"torch.compile failed, {type(module).__name__} runs uncompiled ({_first_line(error)})")
+        except FAILURES as error:  # compiling failed; nothing was run yet
+            self._give_up(type(module), error)
             return module._call_impl(*args, **kwargs)
         finally:
             flags.use_duck_shape = before
+
+    def _give_up(self, kind: type, error: Exception) -> None:
+        """Says why modules of that kind, or what would need more graphs, run uncompiled from now on."""
+        if isinstance(getattr(error, "inner_exception", None), PastLimit):
+            self._full = True
+            self._say(
+                f"{self.graphs} graphs are compiled, which is the limit: what would need more runs uncompiled; "
+                "raise compile.limit if the shapes are meant to vary this much"
+            )
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            self._failed.add(kind)
+            self._say(f"torch.compile failed, {kind.__name__} runs uncompiled ({_first_line(error)})")
+        else:
+            self._full_kinds.add(kind)
+            self._say(
+                f"torch compiles no more graphs of {kind.__name__}, which differ from one another by more than their "
+                "weights: those that have none yet run uncompiled"
+            )
 
 
 def _without_base(value: Any) -> Any:

@@ -5,10 +5,12 @@ Nothing here waits for the device but `largest`, so an evaluation synchronises a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from hasten.kernels.residual_sums import residual_sums
 
 
 def relative_l1(now: Tensor, before: Tensor, *, relative_to: str = "previous") -> Tensor:
@@ -24,6 +26,15 @@ def relative_l1(now: Tensor, before: Tensor, *, relative_to: str = "previous") -
     scale = mean_abs(before if relative_to == "previous" else now)
     # 0 over 0 is no change; anything over 0 stays infinite and forces compute.
     return torch.where(moved == 0, torch.zeros_like(moved), moved / scale)
+
+
+def residual_l1(image: Tensor, entry: Tensor, before: Tensor, *, relative_to: str = "previous") -> Tensor:
+    """relative_l1 of image - entry, the difference rounded to their dtype, and before; all (B, N, C).
+
+    On a GPU one pass over the three: 76 MB for FLUX.1 at 1024x1024 in bfloat16, 18 us at 4.2 TB/s.
+    """
+    found = residual_sums(image, entry, before, relative_to == "previous") if image.is_cuda else None
+    return relative_l1(image - entry, before, relative_to=relative_to) if found is None else found
 
 
 def half_cosine(now: Tensor, before: Tensor) -> Tensor:
@@ -57,8 +68,21 @@ def magnitude_ratio(now: Tensor, before: Tensor) -> Tensor:
     return ratio
 
 
-def largest(changes: Sequence[Tensor]) -> float:
-    """The largest of some 0-dim tensors of one device, as a float; NaN when any is. Synchronises once."""
-    if len(changes) == 1:
-        return float(changes[0])
-    return float(torch.stack(list(changes)).max())
+def largest(changes: Sequence[Tensor], meanwhile: Callable[[], None] | None = None) -> float:
+    """The largest of some 0-dim tensors of one device, as a float; NaN when any is. Synchronises once.
+
+    meanwhile: work to launch behind the changes, which a GPU does while the host waits for the number alone.
+    """
+    one = changes[0] if len(changes) == 1 else torch.stack(list(changes)).max()
+    if meanwhile is None or one.device.type != "cuda":
+        if meanwhile is not None:
+            meanwhile()
+        return float(one)
+    with torch.cuda.device(one.device):
+        there = torch.empty((), dtype=one.dtype, pin_memory=True)
+        there.copy_(one, non_blocking=True)
+        known = torch.cuda.Event()
+        known.record(torch.cuda.current_stream(one.device))
+    meanwhile()
+    known.synchronize()
+    return float(there)

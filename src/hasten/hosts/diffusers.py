@@ -7,6 +7,7 @@ hangs on `forward`: regional compile, offload hooks, layer-wise casting. All of 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections import deque
@@ -21,11 +22,13 @@ from torch import Tensor, nn
 
 from hasten.call import Call
 from hasten.gate import Gate, Streams, gate_model
+from hasten.hosts.diffusers_ahead import Ahead, ahead_for
 from hasten.hosts.diffusers_attention import HungAttention
 from hasten.hosts.diffusers_beside import Beside, modules_beside
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
+from hasten.hosts.diffusers_slot import Slot
 from hasten.hosts.diffusers_stack import STACK, Stack, stack_for
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
@@ -37,47 +40,6 @@ from hasten.session import Session
 REPORTS = 64
 
 RecipeLike = Recipe | str | Path | Mapping[str, Any]
-
-
-class Slot:
-    """One module's `__call__`, taken over while a handle lives."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._before = module._compiled_call_impl
-        self._gated: Callable[..., Any] | None = None
-
-    @property
-    def compiled(self) -> bool:
-        """Whether calling the module without us would run a compiled call."""
-        return self._before is not None
-
-    def inner(self, *args: Any, **kwargs: Any) -> Any:
-        """What calling the module would do without us: its compiled call when it has one."""
-        return (self._before or self.module._call_impl)(*args, **kwargs)
-
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """What calling the module would do without us and without its compiled call."""
-        return self.module._call_impl(*args, **kwargs)
-
-    def take(self, gated: Callable[..., Any]) -> None:
-        """Puts `gated` in the way of every call of the module."""
-        self._gated = gated
-        self.module._compiled_call_impl = gated
-
-    def retake(self) -> None:
-        """Goes around whatever was put in our place since (a module compiled while the handle lives)."""
-        if self.module._compiled_call_impl is not self._gated:
-            self._before = self.module._compiled_call_impl
-            self.module._compiled_call_impl = self._gated
-
-    def give_back(self) -> None:
-        """Leaves the module as it was, or as it was compiled since."""
-        if self.module._compiled_call_impl is self._gated:
-            if self._before is None:
-                del self.module.__dict__["_compiled_call_impl"]
-            else:
-                self.module._compiled_call_impl = self._before
 
 
 class Handle:
@@ -100,6 +62,7 @@ class Handle:
         self._call: Call | None = None
         self._outside: Report | None = None
         self._slots: list[Slot] = []
+        self._ahead: Ahead | None = None
         if self.plan.ratios and getattr(self.transformer, "is_cache_enabled", False):
             raise ValueError(
                 f"diffusers' own cache is enabled on this transformer, and {recipe.cache.method} reaches into the same "
@@ -206,6 +169,8 @@ class Handle:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
         session, self._session, self._awaited, self._call = self._session, None, None, None
         self.family.end()
+        if self._ahead is not None:
+            self._ahead.end()
         if self.insides is not None:
             self.insides.end()
         self._sigma = lambda: None
@@ -228,6 +193,9 @@ class Handle:
             return
         if self.insides is not None:
             self.insides.listen()
+        self._ahead = ahead_for(self.transformer)
+        if self._ahead is not None:
+            self._slots += self._ahead.slots
         for index, block in enumerate(self.family.blocks):
             slot = Slot(block)
             self._slots.append(slot)
@@ -293,6 +261,8 @@ class Handle:
                     "the transformer is compiled as a whole and its blocks cannot be reached: "
                     "compile the blocks instead, with transformer.compile_repeated_blocks()"
                 )
+            if self._ahead is not None:
+                self._ahead.begin(given)
             try:
                 if session.plan.whole_model:
                     out = self._whole(call, given, lambda: slot.inner(*args, **kwargs))
@@ -300,6 +270,8 @@ class Handle:
                     out = slot.inner(*args, **kwargs)
             finally:
                 self._call = None
+                if self._ahead is not None:
+                    self._ahead.forget()
             session.leave(call)
             return out
 
@@ -334,6 +306,8 @@ class Handle:
             if call.standing_in and gate.block != call.plan.end:
                 return family.untouched(given)  # as the gate would have it, at a tenth of its time: 55 of 57 blocks
             streams = family.streams(block, given)
+            if self._ahead is not None and gate.block in call.plan.seams:
+                call.onward = functools.partial(self._ahead.last_layer, vector=given["temb"])
 
             def run() -> Streams:
                 return family.after(streams, slot.inner(*args, **kwargs))

@@ -84,3 +84,31 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
         return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called, used)[0]
 
     return run
+
+
+def replayed_end(module: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
+    """`call`, which makes tensors of a few small ones (a rotation's tables, the modulation's vector), by its recording.
+
+    Dozens of launches of a few microseconds each, with the GPU waiting: nothing of a step is before them.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        parts = [*module.modules()] if replays.works and not kwargs else []
+        plain = parts and args and all(type(value) is Tensor for value in args)
+        if not plain or any(type(part).__module__.startswith("peft.") or _listened_to(part) for part in parts):
+            return call(*args, **kwargs)
+
+        def called(*given: Tensor) -> Sequence[Tensor]:
+            out = call(*given)
+            return (out,) if isinstance(out, Tensor) else tuple(out)
+
+        lie = (tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values()))
+        marks = tuple(tensor.data_ptr() for tensor in lie if tensor is not None)
+        out = replays.run(module, marks, args, called)
+        return out[0] if len(out) == 1 else tuple(out)
+
+    return run
+
+
+def _listened_to(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks) or hasattr(part, "_hf_hook")

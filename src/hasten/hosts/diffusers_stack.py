@@ -24,7 +24,7 @@ from hasten.hosts.diffusers_beside import (
     replayed_layer,
 )
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
-from hasten.hosts.diffusers_replay import replayed, replayed_sana
+from hasten.hosts.diffusers_replay import replayed, replayed_end, replayed_sana
 from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
 from hasten.quantize import FORMATS, Quantised, format_for
 from hasten.recipe import Recipe
@@ -71,6 +71,8 @@ class Stack:
         self.replays = self._replays(self.compile.blocks)
         # Apart from the blocks', for each keeps its own few sizes: two prompts' lengths here.
         self.read = self._replays(self.compile.text)
+        # Of their own too: what fails or makes room among them leaves the blocks' recordings alone.
+        self._ends = self._replays(self.compile.blocks)
         self._quantised: Quantised | None = None
         self._taken: list[tuple[nn.Module, Any, Any]] = []
         self._laid: list[nn.Module] = []
@@ -100,6 +102,9 @@ class Stack:
         if not fuse and self.compile.blocks:
             for block in blocks:
                 self._take(block, block)
+        if self._fused and self._ends is not None:
+            for end in ends_of(self.transformer):
+                self._put(end, replayed_end(end, end._call_impl, self._ends))
         self._take_beside(beside or Beside())
         self.words = self._describe(bits)
 
@@ -121,7 +126,7 @@ class Stack:
     def tell(self, report: Report) -> None:
         """Writes into a run's report what the model is, and what was compiled since it began."""
         report.model = self.words
-        taken = sum(replays.bytes for replays in (self.replays, self.read) if replays is not None)
+        taken = sum(replays.bytes for replays in (self.replays, self.read, self._ends) if replays is not None)
         if taken:
             report.model += f", launches replayed ({taken / 2**20:.0f} MiB)"
         report.graphs, report.compile_s = self.graphs - self._before[0], self.seconds - self._before[1]
@@ -147,7 +152,7 @@ class Stack:
                 del module.__dict__["_compiled_call_impl"]
             else:
                 module._compiled_call_impl = before
-        for replays in (self.replays, self.read):
+        for replays in (self.replays, self.read, self._ends):
             if replays is not None:
                 replays.drop()
         for block in self._laid:
@@ -212,9 +217,8 @@ class Stack:
         return module._call_impl if self.compiler is None else self.compiler.compile(module)
 
     def _put(self, module: nn.Module, ours: Any) -> None:
-        before = module.__dict__.get("_compiled_call_impl")
+        self._taken.append((module, ours, module.__dict__.get("_compiled_call_impl")))
         module._compiled_call_impl = ours
-        self._taken.append((module, ours, before))
 
     def _unless_hooked(self, block: nn.Module, ours: Any) -> Any:
         """`ours`, or the block as it is while a part has a hook, which fused passes would never call: offloading or
@@ -266,6 +270,12 @@ def stack_for(
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """The transformer's blocks in the order they run."""
     return [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]
+
+
+def ends_of(transformer: Any) -> list[nn.Module]:
+    """What FLUX's blocks are given beside their tokens: the rotation's tables and the modulation's vector."""
+    found = [getattr(transformer, name, None) for name in ("pos_embed", "time_text_embed")]
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _wanted(name: str) -> bool:

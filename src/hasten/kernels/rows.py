@@ -462,18 +462,27 @@ def gelu_beside_by_torch(before: Tensor | None, hidden: Tensor, dtype: torch.dty
 
 
 def gelu_beside_by_triton(
-    before: Tensor | None, hidden: Tensor, dtype: torch.dtype, *, warps: int = 0
+    before: Tensor | None,
+    hidden: Tensor,
+    dtype: torch.dtype,
+    *,
+    warps: int = 0,
+    parts: int = 0,
+    fast: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """gelu_beside by its kernel; also the interpreter's way in. warps: 0 for what was fastest on an H200."""
+    """gelu_beside by its kernel; also the interpreter's way in. warps, parts: 0 for what was fastest on an H200.
+
+    fast: the GPU's own power and reciprocal, where it has them: left out, on any NVIDIA GPU.
+    """
     module = triton_kernels()
     hidden = _dense_last(hidden)
     head = hidden if before is None else _dense_last(before)
     head_width = 0 if before is None else head.shape[1]
     count, width = hidden.shape
     rows, scales = _empty_rows(hidden, count, head_width + width, dtype)
-    # 12288 channels in fp8, us with 4, 8, 16, 32: beside 3072 others 155, 109, 136, 167; alone 151, 122, 89, 81.
-    block = _power_of_two(width)
-    warps = warps or max(4, min(32, block // 512) if before is None else min(8, block // 2048))
+    parts = parts or _parts(width)
+    block = _power_of_two(-(-width // parts))
+    warps = warps or max(4, min(16, block // 256))
     if count:
         module.launch(
             module.gelu_row,
@@ -483,9 +492,16 @@ def gelu_beside_by_triton(
             QUANTISES=dtype in LIMITS,
             BLOCK_BEFORE=_power_of_two(max(head_width, 1)),
             BLOCK=block,
+            PARTS=parts,
+            FAST=(hidden.is_cuda and torch.version.cuda is not None) if fast is None else fast,
             num_warps=warps,
         )
     return rows, scales
+
+
+def _parts(width: int) -> int:
+    """Into how many blocks of a power of two, 1, 3 or 4, a row goes with the fewest columns beyond its end."""
+    return min((1, 3, 4), key=lambda n: (n * _power_of_two(-(-width // n)), n))
 
 
 def _split_streams_shapes(joint: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -90,45 +90,94 @@ def residual_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gelu(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """gelu's tanh form as x * sigmoid(2u). Source: Hendrycks and Gimpel, 2016.
+
+    FAST: by the units' own power and reciprocal, 1e-6 from the other; minus infinity gives NaN there.
+    """
+    if FAST:
+        # exp(-2u) as a power of 2: -2 sqrt(2 / pi) log2(e), and the same times 0.044715.
+        power = tl.exp2(x * (-2.3022081986 - 0.1029432397 * (x * x)))
+        part = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return x * part
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))  # no infinity: x / e**80 is zero enough
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _loaded_gelu(hidden, first, width, BLOCK: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    column = first + tl.arange(0, BLOCK)
+    return _gelu(tl.load(hidden + column, mask=column < width, other=0.0).to(tl.float32), FAST)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _largest_and_broken(value, largest, broken, COUNTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    if COUNTS:
+        broken += tl.sum(tl.where(value != value, 1.0, 0.0), 0)
+    return tl.maximum(largest, tl.max(tl.abs(value), 0)), broken
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_part(out, first, width, value, factor, BLOCK: tl.constexpr, QUANTISES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of a row, in 8 bits times the inverse of the row's scale."""
+    column = first + tl.arange(0, BLOCK)
+    if QUANTISES:
+        value *= factor
+        if out.dtype.element_ty == tl.int8:
+            value = tl.floor(value + 0.5)
+    tl.store(out + column, value.to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def gelu_row(  # type: ignore[no-untyped-def]
     before, hidden, out, row_scales, before_width, width, before_row, hidden_row,
     BEFORE: tl.constexpr, QUANTISES: tl.constexpr, BLOCK_BEFORE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """One row of [before, gelu(hidden)], with one scale for all of it."""
+    """One row of [before, gelu(hidden)], with one scale for all of it. hidden lies in 1 to 4 parts of BLOCK columns:
+    12288 in one block of a power of two would leave a quarter of the threads without work."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(hidden + row * hidden_row + column, mask=inside, other=0.0).to(tl.float32)
-    # gelu's tanh form as x * sigmoid(2u): one exponential. Source: Hendrycks and Gimpel, 2016.
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    value = x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))  # no infinity: x / e**80 is zero enough
+    hidden += row * hidden_row
+    out += row * (before_width + width)
+    COUNTS: tl.constexpr = QUANTISES and out.dtype.element_ty == tl.int8
+    largest = 0.0
+    broken = 0.0
+    value0 = _loaded_gelu(hidden, 0, width, BLOCK, FAST)
+    largest, broken = _largest_and_broken(value0, largest, broken, COUNTS)
+    if PARTS > 1:
+        value1 = _loaded_gelu(hidden, BLOCK, width, BLOCK, FAST)
+        largest, broken = _largest_and_broken(value1, largest, broken, COUNTS)
+    if PARTS > 2:
+        value2 = _loaded_gelu(hidden, 2 * BLOCK, width, BLOCK, FAST)
+        largest, broken = _largest_and_broken(value2, largest, broken, COUNTS)
+    if PARTS > 3:
+        value3 = _loaded_gelu(hidden, 3 * BLOCK, width, BLOCK, FAST)
+        largest, broken = _largest_and_broken(value3, largest, broken, COUNTS)
     if BEFORE:
         at = tl.arange(0, BLOCK_BEFORE)
-        there = at < before_width
-        head = tl.load(before + row * before_row + at, mask=there, other=0.0).to(tl.float32)
-    total = before_width + width
+        head = tl.load(before + row * before_row + at, mask=at < before_width, other=0.0).to(tl.float32)
+        largest, broken = _largest_and_broken(head, largest, broken, COUNTS)
+    factor = 1.0
     if QUANTISES:
-        largest = tl.max(tl.abs(value), 0)
-        if BEFORE:
-            largest = tl.maximum(largest, tl.max(tl.abs(head), 0))
-        if out.dtype.element_ty == tl.int8:
+        if COUNTS:  # an int8 cannot say NaN: the scale says it
             scale = tl.maximum(largest, SMALLEST) / INT8_MAX
-            broken = tl.sum(tl.where(value != value, 1.0, 0.0), 0)
-            value = tl.floor(value / scale + 0.5)
-            if BEFORE:
-                broken += tl.sum(tl.where(head != head, 1.0, 0.0), 0)
-                head = tl.floor(head / scale + 0.5)
-            scale = tl.where(broken > 0.0, float("nan"), scale)
+            tl.store(row_scales + row, tl.where(broken > 0.0, float("nan"), scale))
         else:
             scale = tl.maximum(largest, SMALLEST) / FP8_MAX
-            inverse = 1.0 / scale
-            value *= inverse
-            if BEFORE:
-                head *= inverse
-        tl.store(row_scales + row, scale)
-    tl.store(out + row * total + before_width + column, value.to(out.dtype.element_ty), mask=inside)
+            tl.store(row_scales + row, scale)
+        factor = 1.0 / scale
     if BEFORE:
-        tl.store(out + row * total + at, head.to(out.dtype.element_ty), mask=there)
+        _store_part(out, 0, before_width, head, factor, BLOCK_BEFORE, QUANTISES)
+        out += before_width
+    _store_part(out, 0, width, value0, factor, BLOCK, QUANTISES)
+    if PARTS > 1:
+        _store_part(out, BLOCK, width, value1, factor, BLOCK, QUANTISES)
+    if PARTS > 2:
+        _store_part(out, 2 * BLOCK, width, value2, factor, BLOCK, QUANTISES)
+    if PARTS > 3:
+        _store_part(out, 3 * BLOCK, width, value3, factor, BLOCK, QUANTISES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -1,0 +1,142 @@
+"""What is launched before the decision is known, and what is not made again: pictures stay bit for bit as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from runs import flux, hastened, model_inputs, paint, prompt, recipe, transformer
+from test_laws import ALWAYS, EAGER
+from torch import Tensor
+
+import hasten
+from hasten import call
+from hasten.signal import largest, relative_l1, residual_l1
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU goes ahead too, as a GPU does."""
+    monkeypatch.setattr(call, "AHEAD", {"cpu"})
+
+
+def counted(module: Any) -> list[int]:
+    """How often the module's own forward runs, as one number that rises."""
+    calls, forward = [0], module.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    module.forward = counting
+    return calls
+
+
+@pytest.mark.parametrize("given", [{}, {"batch": 3}, {"negative": 2}])
+@pytest.mark.parametrize("name", EAGER)
+def test_a_stand_in_made_ahead_is_the_one_made_in_its_turn(
+    name: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, report = hastened(flux(), EAGER[name], **prompt(**given))
+    monkeypatch.setattr(call, "AHEAD", {"cpu"})
+    found, ahead = hastened(flux(), EAGER[name], **prompt(**given))
+    assert torch.equal(found, wanted) and ahead.strip == report.strip and ahead.notes == report.notes
+
+
+@pytest.mark.parametrize("name", ["fbcache", "fbcache-output", "mbcache", "teacache"])
+def test_what_was_made_ahead_is_dropped_where_the_blocks_run(name: str, early: None) -> None:
+    pipe = flux()
+    stock = paint(pipe)
+    latents, report = hastened(pipe, ALWAYS[name])
+    assert torch.equal(latents, stock) and report.strip == "C" * 8
+
+
+def test_the_last_layer_runs_once_for_each_reused_call(early: None) -> None:
+    pipe = flux()
+    norms, projections = counted(pipe.transformer.norm_out), counted(pipe.transformer.proj_out)
+    with hasten.accelerate(pipe, EAGER["fbcache"]) as run:
+        paint(pipe)
+    assert run.report is not None and run.report.strip == "C" + "." * 7
+    assert norms == projections == [8]
+    del pipe.transformer.norm_out.forward, pipe.transformer.proj_out.forward
+
+
+def test_a_residual_added_behind_the_last_block_is_not_lost(early: None) -> None:
+    """A ControlNet adds to what the last block gave out: another tensor than the one that was made ahead."""
+
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        model, given = transformer(), model_inputs()
+        residual = torch.full((1, 1, model.inner_dim), 0.5)
+        handle = hasten.apply(model, EAGER["fbcache"])
+        with torch.no_grad(), handle.run([1.0, 0.75, 0.5, 0.25, 0.0]):
+            for sigma in (1.0, 0.75, 0.5, 0.25):
+                out = model(**{**given, "timestep": torch.tensor([sigma])}, controlnet_single_block_samples=[residual])[
+                    0
+                ]
+        assert handle.report is not None and handle.report.strip == "C..."
+        handle.remove()
+        return out
+
+    found = run()
+    call.AHEAD.clear()
+    assert torch.equal(run(), found)
+
+
+def test_modules_that_are_listened_to_are_called_in_their_turn_alone(early: None) -> None:
+    pipe, heard = flux(), []
+    hook = pipe.transformer.proj_out.register_forward_hook(lambda *call: heard.append(call[2].clone()))
+    wanted, _ = hastened(flux(), EAGER["fbcache"])
+    found, _ = hastened(pipe, EAGER["fbcache"])
+    hook.remove()
+    assert torch.equal(found, wanted) and len(heard) == 8
+
+
+def test_positions_are_turned_into_angles_once_a_run() -> None:
+    pipe = flux()
+    made = counted(pipe.transformer.pos_embed)
+    with hasten.accelerate(pipe, recipe("fbcache", threshold=0.0)):
+        for runs in (1, 2):
+            paint(pipe, steps=4)
+            assert made == [runs]
+        paint(pipe, steps=4, **prompt(negative=2))
+        assert made == [4]  # two prompts, two sets of positions
+    paint(pipe, steps=4)
+    assert made == [8]
+
+
+def test_positions_that_are_written_or_replaced_are_turned_anew() -> None:
+    model, given = transformer(), model_inputs()
+    stock = transformer()
+    handle = hasten.apply(model, recipe("fbcache", threshold=0.0))
+    with torch.no_grad(), handle.run([1.0, 0.75, 0.5, 0.25, 0.0]):
+        for sigma in (1.0, 0.75, 0.5, 0.25):
+            if sigma == 0.75:
+                given["img_ids"][:, 1] += 3
+            if sigma == 0.25:
+                given["img_ids"] = given["img_ids"] * 2
+            now = {**given, "timestep": torch.tensor([sigma])}
+            assert torch.equal(model(**now)[0], stock(**now)[0])
+    handle.remove()
+
+
+def test_a_run_in_inference_mode_is_as_ever(early: None) -> None:
+    pipe = flux()
+    wanted = paint(pipe)
+    with torch.inference_mode():
+        found, _ = hastened(pipe, ALWAYS["fbcache"])
+    assert torch.equal(found, wanted)
+
+
+def test_the_largest_change_is_read_behind_what_is_launched_meanwhile() -> None:
+    order: list[str] = []
+    assert largest([torch.tensor(1.0), torch.tensor(3.0)], lambda: order.append("work")) == 3.0
+    assert order == ["work"]
+
+
+@pytest.mark.parametrize("relative_to", ["previous", "current"])
+def test_the_residuals_change_is_that_of_the_difference(relative_to: str) -> None:
+    image, entry, before = (torch.randn(2, 5, 7, dtype=torch.bfloat16) for _ in range(3))
+    wanted = relative_l1(image - entry, before, relative_to=relative_to)
+    assert torch.equal(residual_l1(image, entry, before, relative_to=relative_to), wanted)
