@@ -443,6 +443,24 @@ def test_a_quantised_clone_is_near_and_leaves_the_model_alone(rig: Any) -> None:
     assert torch.equal(rig.sample(model), stock)
 
 
+def test_a_lora_of_single_conditions_is_the_same_each_time_it_is_put_into_8_bits(rig: Any) -> None:
+    import comfy.hooks
+    import comfy.model_management
+
+    model = comfy_quantize.quantise_model(rig.tiny_model())[0].clone()
+    comfy.model_management.load_models_gpu([model])
+    hooks = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
+    change = torch.randn(192, 64, generator=torch.Generator().manual_seed(8)) * 0.05
+    model.add_hook_patches(hooks.hooks[0], {KEY: ("diff", (change,))})
+    layer = model.get_model_object(KEY.removesuffix(".weight"))
+    seen = []
+    for wanted in (hooks, None, hooks, None):
+        model.patch_hooks(wanted)
+        seen.append(layer.weight.clone())
+    model.clean_hooks()
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3]) and not torch.equal(seen[0], seen[1])
+
+
 def test_a_quantised_clone_is_compiled_block_by_block(rig: Any) -> None:
     model = rig.tiny_model()
     quantised, _ = comfy_quantize.quantise_model(model)

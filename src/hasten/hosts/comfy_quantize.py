@@ -89,6 +89,7 @@ def quantise_model(model: Any) -> tuple[Any, str]:
         return model, NOTHING
     # ComfyUI takes a clone with the same id for the same weights, and would leave a LoRA of the model in place.
     clone.patches_uuid = uuid.uuid4()
+    _compute_hooks_anew(clone)
     clone.size = max(model.model_size() - saved, 1)
     return clone, f"{layers} layers of the model are kept in {bits}"
 
@@ -105,6 +106,7 @@ def quantise_for_good(model: Any, wanted: str = "auto") -> str:
         setattr(model.model.get_submodule(parent), last, _in_8_bits(model, name, layer, bits))
         layers += 1
     model.size = 0  # counted anew when it is asked for
+    _compute_hooks_anew(model)
     return f"{layers} layers of the model are kept in {bits}" if layers else NOTHING
 
 
@@ -114,6 +116,12 @@ def _in_8_bits(model: Any, name: str, layer: nn.Linear, bits: str) -> Layer8:
     if backup is not None:
         weight = getattr(backup, "weight", backup)
     return Layer8.of(layer, weight, FORMATS[bits], torch.device(model.load_device))
+
+
+def _compute_hooks_anew(model: Any) -> None:
+    """LoRAs of single conditions: what ComfyUI keeps of them for the next step, it would copy into the 8 bits as it is,
+    past `set_weight`."""
+    model.hook_mode = type(model.hook_mode).MinVram
 
 
 def _saved(layer: nn.Linear) -> int:
