@@ -241,6 +241,28 @@ def test_a_recording_knows_its_adapters_strengths() -> None:
     assert len(set(seen)) == 3
 
 
+def test_a_recording_knows_adapters_that_come_and_go_within_a_run() -> None:
+    from peft import LoraConfig
+
+    from hasten.hosts.diffusers_families import FluxStreams
+
+    model, tokens = transformer(), torch.zeros(1, 16, 32)
+    insides = hasten.apply(model, recipe(tokens=ALL)).insides
+    assert insides is not None
+    streams = FluxStreams(tokens, tokens, model.transformer_blocks[0], torch.zeros(1, 32))
+
+    def read() -> set[int]:
+        walk = insides.walk(streams)
+        assert walk is not None and walk.weights is not None
+        return {id(tensor) for tensor in walk.weights}
+
+    before = read()
+    model.add_adapter(LoraConfig(r=2, target_modules=["proj_mlp"]), adapter_name="one")
+    assert read() > before
+    model.unload_lora()
+    assert read() == before
+
+
 def test_controlnet_residuals_are_added_once_and_afresh() -> None:
     sigmas, inputs = [1.0, 0.75, 0.5, 0.25, 0.0], model_inputs()
     handle = hasten.apply(transformer(), recipe(tokens={**ALL, "full_first": 0}))

@@ -6,6 +6,7 @@ Everything is called through the host's own modules, so LoRA, quantised layers a
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -239,6 +240,7 @@ class Insides:
         self._weights: list[Tensor] | None = None
         self._blocks: list[Any] = []
         self._adapters: list[Any] = []
+        self._configs: list[Any] = []
 
     def listen(self) -> None:
         """Taps what is looked at; again at each run, for a LoRA may have put other modules in place."""
@@ -252,7 +254,7 @@ class Insides:
     def end(self) -> None:
         """A run is over."""
         self._grid = self._weights = None
-        self._blocks, self._adapters = [], []
+        self._blocks, self._adapters, self._configs = [], [], []
 
     def begin(self, call: Call, given: Mapping[str, Any]) -> None:
         """Before the model's call: what stands in the way is its excuse, and the image's grid is found."""
@@ -270,7 +272,10 @@ class Insides:
         """All blocks at once, where the model adds nothing between them."""
         if self._between:
             return None
-        if not self._blocks:
+        configs = [*getattr(self._transformer, "peft_config", {}).values()]
+        known = len(configs) == len(self._configs) and all(map(operator.is_, configs, self._configs))
+        if not self._blocks or not known:  # a LoRA that is loaded or unloaded within the run replaces modules
+            self._configs = configs
             found = (*self._transformer.transformer_blocks, *self._transformer.single_transformer_blocks)
             self._blocks = [getattr(block, "_orig_mod", block) for block in found]
             self._weights = staying(self._blocks, streams.image.device)
