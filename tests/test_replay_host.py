@@ -171,6 +171,26 @@ def test_gemma_is_one_graph_and_reads_as_before(everyone: list[Careless], text: 
     assert pipe.text_encoder(ids).past_key_values is not None  # what was left out while it was compiled
 
 
+def test_an_attention_processor_of_the_users_own_is_called_each_time(everyone: list[Careless]) -> None:
+    from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
+    from tiny_sana import paint as paint_sana
+    from tiny_sana import sana
+
+    class Listening(SanaAttnProcessor2_0):
+        times = 0
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            self.times += 1
+            return super().__call__(*args, **kwargs)
+
+    pipe, listening = sana(), Listening()
+    pipe.transformer.transformer_blocks[0].attn2.processor = listening
+    hasten.prepare(pipe, {"schema": 1, **STACKS["fused"]})
+    for _ in range(2):
+        paint_sana(pipe, steps=4)
+    assert listening.times == 8 and len(everyone) == len(pipe.transformer.transformer_blocks) - 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", ["none", "auto"])
 def test_a_gpu_replays_a_flux_bit_for_bit(bits: str) -> None:

@@ -12,6 +12,9 @@ from hasten.hosts.diffusers_blocks import attention_of, layers_of, still_plain
 from hasten.quantize import Linear8
 from hasten.replay import Replays
 
+# The attention to the words: any other processor may do more than launch kernels, which a replay would leave out.
+ATTENTIONS = ("SanaAttnProcessor2_0", "HastenSanaAttnProcessor")
+
 
 def replayed(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
     """`call`, which runs a FLUX block, by its recording where there can be one."""
@@ -65,6 +68,7 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             not parts
             or not all(value is None or isinstance(value[1], int | None) for value in rest)
             or not diffusers_sana_block.still_plain(block)
+            or type(block.attn2.processor).__name__ not in ATTENTIONS  # type: ignore[union-attr]
             or any(type(part).__module__.startswith("peft.") for part in parts)  # a LoRA's strength is a plain number
         ):
             return call(*args, **kwargs)
@@ -75,11 +79,10 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             return (call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),)
 
         attention = getattr(block.attn2.processor, "hasten_attention", None)  # type: ignore[union-attr]
-        marks: list[Hashable] = [id(part.__dict__.get("processor")) for part in parts]
-        marks.append(None if attention is None else attention.state)
+        marks: list[Hashable] = [None if attention is None else attention.state]
         for part in parts:
             lie = (*part._parameters.values(), *part._buffers.values())
-            marks += [id(part), *(tensor.data_ptr() for tensor in lie if tensor is not None)]
+            marks += [part, *(tensor.data_ptr() for tensor in lie if tensor is not None)]
         used = None if attention is None else attention.used
         return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called, used)[0]
 
