@@ -65,6 +65,16 @@ def test_a_size_that_is_no_multiple_of_32_is_refused(folder: Path, tmp_path: Pat
     assert "divisible by 32; try 64" in result.stderr.replace("\n", " ")
 
 
+def test_a_large_picture_is_decoded_in_tiles(folder: Path) -> None:
+    painter = load_painter(Model(str(folder)), device=CPU, dtype=torch.float32)
+    seen, inner = [], painter.pipe.vae.decoder.forward
+    painter.pipe.vae.decoder.forward = lambda z: seen.append(tuple(z.shape[-2:])) or inner(z)
+    for width in (2048, 2080, 2048):
+        image = painter.paint(Request("a ball", steps=1, width=width, height=32), Recipe.load("none")).images[0]
+        assert image.size == (width, 32)
+    assert seen == [(1, 64), (1, 32), (1, 32), (1, 9), (1, 64)] and not painter.pipe.vae.use_tiling
+
+
 def test_what_gemma_does_not_read_is_said(folder: Path) -> None:
     painter = load_painter(Model(str(folder)), device=CPU, dtype=torch.float32)
     notes = painter.paint(Request("x" * 80, steps=1, width=64, height=64), Recipe.load("none")).notes

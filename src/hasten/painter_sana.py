@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hasten.painter import Drawing, FluxPainter, Request, StepDone, quiet_logs
 from hasten.recipe import Recipe
 
 MULTIPLE = 32  # pixels to a latent, one latent to a token
+# Above it pictures are decoded in overlapping tiles: a 4096x4096 one whole would need some 45 GB in 16 bits, by count.
+LARGEST_WHOLE = 2048
+TILE, STRIDE = 1024, 896
 GEMMA_WIDTH = 2304  # of Gemma-2-2b, which every Sana reads; a narrower one is a small Sana
+
+
+@contextmanager
+def decoded_in_tiles(vae: Any, wanted: bool) -> Iterator[None]:
+    """DC-AE works in tiles while the `with` lasts, if that is wanted; then as before."""
+    before = {name: value for name, value in vars(vae).items() if name.startswith(("tile_", "use_tiling"))}
+    if wanted:
+        vae.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+    try:
+        yield
+    finally:
+        vars(vae).update(before)
 
 
 class SanaPainter(FluxPainter):
@@ -37,7 +54,8 @@ class SanaPainter(FluxPainter):
         if self.sprint:
             # The authors' middle angle is for two steps alone.
             self.call_options["intermediate_timesteps"] = 1.3 if request.steps == 2 else None
-        return super().paint(request, recipe, on_step=on_step)
+        with decoded_in_tiles(self.pipe.vae, max(request.width, request.height) > LARGEST_WHOLE):
+            return super().paint(request, recipe, on_step=on_step)
 
     def _words(self, request: Request) -> dict[str, Any]:
         common = {
