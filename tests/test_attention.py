@@ -184,3 +184,15 @@ def test_no_state_is_taken_for_one_whose_attention_or_keys_are_gone() -> None:
     before = one.state
     one.kept = (3, 3)
     assert one.state == before
+
+
+def test_in_comfyui_a_call_with_a_scale_of_its_own_is_left_to_the_host() -> None:
+    from hasten.hosts.comfy_attention import override
+
+    def host(*args: object, **kwargs: object) -> str:
+        return "the host's"
+
+    q = torch.randn(1, 2, 8, 16)
+    attending, given = override("sdpa", None), {"skip_reshape": True}
+    assert attending(host, q, q, q, 2, scale=1.0, **given) == "the host's"
+    assert isinstance(attending(host, q, q, q, 2, scale=None, **given), torch.Tensor)

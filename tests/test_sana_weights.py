@@ -11,6 +11,7 @@ import torch
 from tiny import make_tiny_files, tiny_pipeline
 from tiny_sana import authors_layout, tiny_sana_transformer
 
+from hasten.sana_autoencoder import read_autoencoder
 from hasten.sana_weights import model_words, read_sana
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -97,4 +98,27 @@ def test_broken_files_are_one_sentence(tmp_path: Path, name: str, content: bytes
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
     with pytest.raises(ValueError, match="holds a FluxTransformer2DModel"):
+        read_sana(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("blocks.0.cross_attn.q_linear.weight", "lacks patch_embed.proj.weight"),
+        ("transformer_blocks.0.attn2.to_q.weight", "lacks patch_embed.proj.weight"),
+        ("decoder.up_blocks.0.1.conv_depth.weight", "no whole DC-AE"),
+    ],
+)
+def test_files_that_lack_most_of_a_model_are_one_sentence(tmp_path: Path, name: str, sentence: str) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "part.safetensors"
+    save_file({name: torch.zeros(4, 4)}, file)
+    with pytest.raises(ValueError, match=sentence):
+        read_autoencoder(file) if "decoder" in name else read_sana(file)
+
+
+def test_a_folder_whose_configuration_is_none_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is no configuration"):
         read_sana(tmp_path)

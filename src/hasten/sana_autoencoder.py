@@ -35,7 +35,10 @@ def read_autoencoder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
 
         state = convert_autoencoder_dc_checkpoint_to_diffusers(state)
-    config = config_of(state, path)
+    try:
+        config = config_of(state, path)
+    except (KeyError, StopIteration):
+        raise ValueError(f"{path.name} is no whole DC-AE (encoder and decoder): download it again.") from None
     told = path / "vae" / "config.json" if (path / "vae").is_dir() else path / "config.json"
     if path.is_dir() and told.is_file():
         config |= {k: v for k, v in json.loads(told.read_text(encoding="utf-8")).items() if not k.startswith("_")}
@@ -48,8 +51,8 @@ def config_of(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path.name} is no DC-AE: Sana's decoder (dc-ae-f32c32-sana) is expected here.")
     config: dict[str, Any] = {"scaling_factor": SCALE}
     for side, room in (("encoder", "down_blocks"), ("decoder", "up_blocks")):
-        levels = 1 + max(int(found[1]) for name in state if (found := re.match(rf"{side}\.{room}\.(\d+)\.", name)))
-        told = [_level(state, f"{side}.{room}.{level}.") for level in range(levels)]
+        found = {int(m[1]) for name in state if (m := re.match(rf"{side}\.{room}\.(\d+)\.", name))}
+        told = [_level(state, f"{side}.{room}.{level}.") for level in range(1 + max(found, default=0))]
         config |= {
             f"{side}_block_types": tuple(level["kind"] for level in told),
             f"{side}_block_out_channels": tuple(level["width"] for level in told),
@@ -83,6 +86,8 @@ def _level(state: Mapping[str, Tensor], stem: str) -> dict[str, Any]:
     names = [name.removeprefix(stem) for name in state if name.startswith(stem)]
     res = {int(name.split(".")[0]) for name in names if name.endswith(".conv1.weight")}
     vit = {int(name.split(".")[0]) for name in names if name.endswith(".attn.to_q.weight")}
+    if not res | vit:
+        raise KeyError(stem)
     first = min(res | vit)
     if res:
         width = state[f"{stem}{first}.conv1.weight"].shape[0]

@@ -58,13 +58,16 @@ def read_sana(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path: a .pth or .safetensors file, or a diffusers folder (a pipeline's or its transformer's). Raises ValueError or
     OSError with one sentence for anything that is no Sana.
     """
-    if path.is_dir():
-        return _read_folder(path)
-    state = {_bare(name): tensor for name, tensor in read_tensors(path).items()}
-    if AUTHORS in state:
-        return to_diffusers(state), config_of_authors(state)
-    if DIFFUSERS in state:
-        return state, config_of(state)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
+        state = {_bare(name): tensor for name, tensor in read_tensors(path).items()}
+        if AUTHORS in state:
+            return to_diffusers(state), config_of_authors(state)
+        if DIFFUSERS in state:
+            return state, config_of(state)
+    except KeyError as lacking:
+        raise ValueError(f"{path.name} lacks {lacking.args[0]}: it is no whole Sana; download it again.") from None
     raise ValueError(f"{path.name} is {_what_it_is(state)}: a Sana transformer is expected here.")
 
 
@@ -177,6 +180,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config = json.loads((inner / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"{folder} is no diffusers folder of a Sana: it has no config.json.") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}'s config.json is no configuration of a model: download it again.")
     if config.get("_class_name") != "SanaTransformer2DModel":
         raise ValueError(f"{folder} holds a {config.get('_class_name')}: a SanaTransformer2DModel is expected.")
     files = sorted(inner.glob("*.safetensors"))
@@ -185,7 +190,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not files:
         raise FileNotFoundError(f"{folder} has no weights (*.safetensors): download the model again.")
     state = {name: tensor for file in files for name, tensor in read_tensors(file).items()}
-    return state, {name: value for name, value in config.items() if not name.startswith("_")}
+    return state, config_of(state) | {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _bare(name: str) -> str:
@@ -212,7 +217,8 @@ def _what_it_is(state: Mapping[str, Tensor]) -> str:
 def _refusal(path: Path, error: str) -> str:
     found = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]*)", error)
     if found is None:
-        return f"{path.name} is no PyTorch file that can be read ({_first(error)}): download it again."
+        # torch's own words advise to have the code run.
+        return f"{path.name} is no PyTorch file of weights alone: download it again, or take a safetensors file."
     return (
         f"{path.name} would run code when it is read ({found[1]}): it is refused; take a safetensors file, or a .pth "
         "with weights alone."

@@ -106,7 +106,8 @@ def override(backend: str, found: Callable[..., Any] | None) -> Callable[..., An
         # ComfyUI's own does the same with heads side by side; the views cost nothing where the call is not taken.
         if not separate:
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        takes_it = mask is None and q.shape[1] == k.shape[1] and _takes(attention, q, k, kwargs)
+        plain = mask is None and kwargs.get("scale") is None and q.shape[1] == k.shape[1]
+        takes_it = plain and _takes(attention, q, k, kwargs)
         used = "" if torch.compiler.is_compiling() or not takes_it else attention.choose(Ask.of(q, k)).name
         counted(kwargs, takes_it, used, said)
         if not takes_it:

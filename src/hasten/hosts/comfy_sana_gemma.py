@@ -39,7 +39,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no index of weights: download the whole folder of the model.") from None
     if not files:
         raise FileNotFoundError(f"{folder} has no weights (*.safetensors): download the whole folder of the model.")
     return {name: tensor for file in files for name, tensor in read_tensors(file).items()}

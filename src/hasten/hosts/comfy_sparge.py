@@ -134,7 +134,8 @@ def _override(
         q, k, v = args[:3]
         if not kwargs.get("skip_reshape", False):
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        takes_it = attention is not None and mask is None and search is None and attention.fits(Ask.of(q, k))
+        plain = mask is None and kwargs.get("scale") is None
+        takes_it = attention is not None and plain and search is None and attention.fits(Ask.of(q, k))
         counted(kwargs, takes_it, "sparse" if takes_it else "", said)
         if search is not None and name is not None and mask is None and _looked_at(to):
             search.tuning.see(name, q, k, v, text_rows=text_rows[0], grid=attentions[name].grid)
