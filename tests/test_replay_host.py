@@ -191,6 +191,16 @@ def test_an_attention_processor_of_the_users_own_is_called_each_time(everyone: l
     assert listening.times == 8 and len(everyone) == len(pipe.transformer.transformer_blocks) - 1
 
 
+def test_what_is_cast_as_it_is_called_is_not_recorded(everyone: list[Careless]) -> None:
+    pipe, stock = small(), small()
+    hasten.prepare(pipe, recipe() | STACKS["fused"])
+    for each in (pipe, stock):
+        each.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for _ in range(2):
+        assert torch.equal(paint(pipe, steps=4), paint(stock, steps=4))
+    assert len(everyone) == 1  # the rotation, which has no weights
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", ["none", "auto"])
 def test_a_gpu_replays_a_flux_bit_for_bit(bits: str) -> None:

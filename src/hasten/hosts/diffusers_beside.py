@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hasten.hosts.diffusers_hooks import hooked
 from hasten.replay import Replays
 from hasten.sections import Compile
 
@@ -116,9 +117,9 @@ def replayed_layer(layer: nn.Module, call: Call, replays: Replays) -> Call:
 def is_recordable(layer: nn.Module) -> bool:
     """Whether nothing but what it launches happens when it runs: no hook, no adapter, no other library's weights."""
     for part in layer.modules():
-        if part.training or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__:
+        if part.training or hooked(part):
             return False
-        if hasattr(part, "_hf_hook") or type(part).__module__.startswith(("peft.", "bitsandbytes.")):
+        if type(part).__module__.startswith(("peft.", "bitsandbytes.")):
             return False
         if any(weight is not None and type(weight) is not nn.Parameter for weight in part._parameters.values()):
             return False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hasten.hosts import diffusers_sana_block
 from hasten.hosts.diffusers_blocks import attention_of, layers_of, still_plain
+from hasten.hosts.diffusers_hooks import hooked
 from hasten.quantize import Linear8
 from hasten.replay import Replays
 
@@ -98,7 +99,7 @@ def replayed_end(module: nn.Module, call: Callable[..., Any], replays: Replays) 
     def run(*args: Any, **kwargs: Any) -> Any:
         parts = [*module.modules()] if replays.works and not kwargs else []
         plain = parts and args and all(type(value) is Tensor for value in args)
-        if not plain or any(type(part).__module__.startswith("peft.") or _listened_to(part) for part in parts):
+        if not plain or any(type(part).__module__.startswith("peft.") or hooked(part) for part in parts):
             return call(*args, **kwargs)
 
         def called(*given: Tensor) -> Sequence[Tensor]:
@@ -111,7 +112,3 @@ def replayed_end(module: nn.Module, call: Callable[..., Any], replays: Replays) 
         return out[0] if len(out) == 1 else tuple(out)
 
     return run
-
-
-def _listened_to(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks) or hasattr(part, "_hf_hook")

@@ -24,6 +24,7 @@ from hasten.hosts.diffusers_beside import (
     replayed_layer,
 )
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
+from hasten.hosts.diffusers_hooks import hooked
 from hasten.hosts.diffusers_replay import replayed, replayed_end, replayed_sana
 from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
 from hasten.quantize import FORMATS, Quantised, format_for
@@ -31,7 +32,6 @@ from hasten.recipe import Recipe
 from hasten.replay import Replays
 from hasten.report import Report
 from hasten.sections import Compile, Quantize
-from hasten.taps import NAME
 
 # What stays in the model's own dtype, and why. Modulation sees one row for each picture: nothing to gain, and its error
 # falls on every token. Embedders and the last layer are small and stand at the ends, where no later layer evens it out.
@@ -223,14 +223,12 @@ class Stack:
     def _unless_hooked(self, block: nn.Module, ours: Any) -> Any:
         """`ours`, or the block as it is while a part has a hook, which fused passes would never call: offloading or
         casting that was enabled since, a listener of the user's."""
-        parts = [part.__dict__ for part in block.modules() if not isinstance(part, nn.ModuleList)]
+        parts = [part for part in block.modules() if not isinstance(part, nn.ModuleList)]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            for part in parts:
-                taps = NAME in part  # our own listen to the block where it can be heard, and know that it may not
-                if "forward" in part or part["_forward_pre_hooks"] or len(part["_forward_hooks"]) > taps:
-                    self._stepped_aside = True
-                    return block._call_impl(*args, **kwargs)
+            if any(map(hooked, parts)):
+                self._stepped_aside = True
+                return block._call_impl(*args, **kwargs)
             return ours(*args, **kwargs)
 
         return run
