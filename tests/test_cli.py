@@ -92,6 +92,8 @@ def test_a_cut_prompt_is_remarked(model: str) -> None:
         (["--size", "250x256"], "the width is 250: it must be divisible by 16"),
         (["--size", "big"], "the size is 'big'"),
         (["--steps", "0"], "steps is 0"),
+        (["--steps", "1000000000"], "steps is 1000000000: at most"),
+        (["--batch", "99999999999"], "batch is 99999999999: at most"),
         (["--batch", "0"], "batch is 0"),
         (["--seed", "-3"], "the seed is -3"),
         (["--recipe", "balancd"], "did you mean 'balanced'"),

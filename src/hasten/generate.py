@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import hasten
 from hasten.compare import Progress, Row, compare_recipes, draw, warm_up
 from hasten.output import check_writable, write_files
-from hasten.painter import Drawing, Painter, Request
+from hasten.painter import Drawing, Painter, Request, check_count
 from hasten.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def picture_paths(out: Path, batch: int) -> list[Path]:
 
 def check_outputs(out: Path, report: Path | None, batch: int) -> None:
     """Returns when the pictures and the report can be written. Raises ValueError or OSError; nothing is left."""
+    check_count("batch", batch)
     for path in picture_paths(out, batch):
         check_writable(path, suffix=".png")
     if report is not None:

@@ -22,6 +22,16 @@ MULTIPLE = 16  # eight pixels to a latent, two latents to a token
 
 StepDone = Callable[[], None]
 
+# Of steps (the training's own) and of pictures at once: beyond it lists alone would fill the memory.
+MOST = 1000
+
+
+def check_count(name: str, value: int) -> None:
+    """Returns when that many steps, or pictures at once, can be drawn. Raises ValueError."""
+    if not 1 <= value <= MOST:
+        least = "at least 1 is allowed" if value < 1 else f"at most {MOST} are allowed"
+        raise ValueError(f"{name} is {value}: {least}.")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,9 +53,8 @@ class Request:
             if value < MULTIPLE or value % MULTIPLE:
                 near = max(MULTIPLE, round(value / MULTIPLE) * MULTIPLE)
                 raise ValueError(f"the {name} is {value}: it must be divisible by {MULTIPLE}; try {near}.")
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: at least 1 is allowed.")
+        check_count("steps", self.steps)
+        check_count("batch", self.batch)
         if not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance is {self.guidance}: a number from 0 to 100 is allowed; FLUX likes 3.5.")
         if not 0 <= self.seed <= LARGEST_SEED - self.batch:
