@@ -247,3 +247,32 @@ def test_a_gpu_replays_a_flux_bit_for_bit(bits: str) -> None:
             assert torch.equal(call(models[0], tokens, seed), call(models[1], tokens, seed))
     stack: Stack = models[1].__dict__["hasten_stack"]
     assert stack.notes == [] and stack.replays is not None and stack.replays.bytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sections", [{"fuse": "always", "cuda_graph": "always"}, {"blocks": True, "text": True}])
+def test_a_gpu_replays_a_sana_and_its_gemma_bit_for_bit(sections: dict[str, Any]) -> None:
+    from tiny_sana import tiny_sana_pipeline
+
+    drawn = []
+    for how in ("never", sections.get("cuda_graph", "auto")):
+        torch.manual_seed(0)
+        pipe = tiny_sana_pipeline()
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+            part.to("cuda", torch.bfloat16)
+        stack = hasten.prepare(pipe, {"schema": 1, "compile": {**sections, "cuda_graph": how}})
+        drawn.append(
+            [
+                pipe(
+                    prompt, num_inference_steps=4, height=128, width=128, use_resolution_binning=False,
+                    complex_human_instruction=["Describe:"], output_type="latent",
+                    generator=torch.Generator().manual_seed(seed),
+                ).images
+                for seed in range(3)
+                for prompt in PROMPTS
+            ]
+        )  # fmt: skip
+        assert stack.notes == []
+    assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
+    assert stack.replays is not None and stack.replays.bytes > 0
+    assert stack.read is not None and ("text" not in sections or stack.read.bytes > 0)
