@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hasten.kernels import decoder
 from hasten.kernels import gated_conv as conv
 from hasten.kernels import linear_attention as linear
 
@@ -47,6 +48,32 @@ def test_linear_attention_equals_torch(batch: int, tokens: int, heads: int, widt
     q, k, v = (noise(batch, tokens, heads * width, seed=seed, dtype=dtype) for seed in (3, 4, 5))
     exact = linear.linear_attention_by_torch(q.float(), k.float(), v.float(), heads)
     agree(linear.linear_attention_by_triton(q, k, v, heads), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", list(STEPS))
+@pytest.mark.parametrize("shape", [(1, 1, 1, 16), (2, 3, 5, 24), (1, 40, 2, 130)])
+@pytest.mark.parametrize("added", [False, True])
+def test_norm_add_equals_torch(shape: tuple[int, ...], added: bool, dtype: torch.dtype) -> None:
+    pixels, residual = noise(*shape, dtype=dtype), noise(*shape, seed=1, dtype=dtype) if added else None
+    weight, bias = noise(shape[-1], seed=2, dtype=dtype), noise(shape[-1], seed=3, dtype=dtype)
+    others = (weight.float(), bias.float(), None if residual is None else residual.float())
+    exact = decoder.norm_add_by_torch(pixels.float(), *others, 1e-5)
+    agree(decoder.norm_add_by_triton(pixels, weight, bias, residual, 1e-5), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", list(STEPS))
+@pytest.mark.parametrize(("shape", "repeats"), [((1, 1, 1, 4), 4), ((2, 3, 9, 24), 4), ((1, 5, 18, 260), 2)])
+@pytest.mark.parametrize("added", [False, True])
+def test_spread_equals_torch(shape: tuple[int, ...], repeats: int, added: bool, dtype: torch.dtype) -> None:
+    batch, height, width, channels = shape
+    pixels, large = noise(*shape, dtype=dtype), (batch, 2 * height, 2 * width, channels * repeats // 4)
+    update = noise(*large, seed=1, dtype=dtype) if added else None
+    exact = decoder.spread_by_torch(pixels.float(), repeats, None if update is None else update.float())
+    found = decoder.spread_by_triton(pixels, repeats, update)
+    if added:
+        agree(found, exact, dtype)
+    else:
+        assert torch.equal(found, exact.to(dtype))
 
 
 def test_nan_stays_nan() -> None:

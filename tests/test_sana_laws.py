@@ -249,15 +249,28 @@ def test_a_block_that_was_altered_since_runs_as_it_is() -> None:
     block.attn1.to_q = block.attn1.to_q[0]
 
 
-def test_the_decoder_is_laid_channels_last_and_put_back() -> None:
+@pytest.mark.parametrize("shape", [(1, 4, 4), (2, 7, 9)])
+def test_the_decoder_runs_in_fused_passes_and_is_put_back(shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     pipe = tiny_sana_pipeline()
     weight = pipe.vae.decoder.conv_in.weight
-    latent = noise(1, 32, 4, 4, seed=3)
+    for parameter in pipe.vae.decoder.parameters():  # biases and norms that matter
+        parameter.data = 0.3 * torch.randn_like(parameter) + (0.5 if parameter.ndim == 1 else 0.0)
+    latent = noise(shape[0], 32, *shape[1:], seed=3)
     with torch.no_grad():
         stock = pipe.vae.decode(latent).sample
         stack = hasten.prepare(pipe, {"schema": 1, "compile": {"decoder": True, "backend": "eager"}})
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        assert (pipe.vae.decode(latent).sample - stock).abs().max() < 1e-5
+        fused = pipe.vae.decode(latent).sample
+        assert 0 < float((fused - stock).norm() / stock.norm()) < 1e-5
+        assert stack.graphs == 0 and stack.notes == []
+        block = pipe.vae.decoder.up_blocks[-1][-1]
+        hook = block.attn.to_q.register_forward_hook(lambda module, given, out: out * 0)
+        heard = pipe.vae.decode(latent).sample
+        hook.remove()
+        assert float((heard - stock).norm() / stock.norm()) > 1e-3
+    picture = pipe.vae.decode(latent.requires_grad_()).sample  # with gradients, as diffusers has it
+    assert torch.autograd.grad(picture.sum(), latent)[0].abs().sum() > 0
+    with torch.no_grad():
         stack.undo()
         assert weight.is_contiguous() and same(pipe.vae.decode(latent).sample, stock)

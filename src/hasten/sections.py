@@ -16,8 +16,9 @@ FORMATS = ("none", "auto", "fp8", "int8")
 class Compile:
     """What is compiled, and how. Nothing unless asked for.
 
-    blocks: the transformer's blocks, one graph for each class. decoder: the autoencoder's decoder. text: the text
-    encoders. limit: graphs after which what would need another one runs uncompiled; -1 for any number.
+    blocks: the transformer's blocks, one graph for each class. decoder: the autoencoder's decoder; DC-AE's in fused
+    passes, uncompiled. text: the text encoders. limit: graphs after which what would need another one runs uncompiled;
+    -1 for any number.
     fuse: "auto" runs the blocks as fused passes wherever they are compiled or quantised, "always" without either
     too, "never" as the host wrote them.
     cuda_graph: "always" records what each fused block launches as a CUDA graph, once for each size, and replays it;

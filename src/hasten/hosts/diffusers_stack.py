@@ -27,6 +27,8 @@ from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_to
 from hasten.hosts.diffusers_hooks import hooked
 from hasten.hosts.diffusers_replay import replayed, replayed_end, replayed_sana
 from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
+from hasten.hosts.diffusers_sana_decoder import FusedPart
+from hasten.hosts.diffusers_sana_decoder import is_plain as is_plain_part
 from hasten.quantize import FORMATS, Quantised, format_for
 from hasten.recipe import Recipe
 from hasten.replay import Replays
@@ -75,6 +77,7 @@ class Stack:
         self._ends = self._replays(self.compile.blocks)
         self._quantised: Quantised | None = None
         self._taken: list[tuple[nn.Module, Any, Any]] = []
+        self._compiles = False
         self._laid: list[nn.Module] = []
         self._last: list[nn.Module] = []
         if bits is not None and not any(_wanted(name) for block in blocks for name, _ in block.named_modules()):
@@ -197,7 +200,8 @@ class Stack:
                 self._last.append(beside.decoder)
                 lay_channels(beside.decoder, torch.channels_last)
             for part in parts_of(beside.decoder):
-                self._take(part, part)
+                # Compiled, DC-AE would be a graph for each part and width, for half a minute and more.
+                self._put(part, FusedPart(part)._call_impl if is_plain_part(part) else self._compiled(part))
         for encoder in beside.encoders:
             for layer in layers_of(encoder):
                 call = self._compiled(layer)
@@ -214,6 +218,7 @@ class Stack:
         self._put(module, ours)
 
     def _compiled(self, module: nn.Module) -> Any:
+        self._compiles = True
         return module._call_impl if self.compiler is None else self.compiler.compile(module)
 
     def _put(self, module: nn.Module, ours: Any) -> None:
@@ -234,7 +239,7 @@ class Stack:
         return run
 
     def _describe(self, bits: str | None) -> str:
-        compiled = self.compiler is not None and self.compiler.works
+        compiled = self._compiles and self.compiler is not None and self.compiler.works
         words = [f"blocks in {bits}"] if bits is not None else []
         words += ["fused passes"] if self._fused else []
         words += ["compiled"] if compiled else []
