@@ -408,6 +408,25 @@ def test_compiled_before_or_after(rig: Any, model: Any, whose: str) -> None:
     assert not any(hasattr(block, "_orig_mod") for block in [*network.double_blocks, *network.single_blocks])
 
 
+def test_two_compile_nodes_behind_one_recipe_get_what_each_asks_for(rig: Any, model: Any) -> None:
+    torch._dynamo.reset()
+    ours, compile_whole = host.put_recipe(model, NEVER), rig.extra_node("nodes_torch_compile").TorchCompileModel.execute
+    made: list[str] = []
+
+    def backend(name: str) -> str:
+        def compiled(graph: Any, inputs: Any, **options: Any) -> Any:
+            made.append(name)
+            return graph.forward
+
+        torch._dynamo.register_backend(compiled, name=name)
+        return name
+
+    for name in (backend("hasten_one"), backend("hasten_two")):
+        rig.sample(compile_whole(ours, name)[0])
+        assert name in made
+    torch._dynamo.reset()
+
+
 def test_recipes_are_not_seen_by_a_model_beside(rig: Any, model: Any) -> None:
     stock = rig.sample(model)
     beside = model.clone()

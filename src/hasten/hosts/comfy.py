@@ -74,7 +74,7 @@ class Sampling:
 
     def __init__(self) -> None:
         self.reports: deque[Report] = deque(maxlen=16)
-        self.compiled: dict[int, Any] = {}
+        self.compiled: dict[tuple[int, str], Any] = {}
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the sampling with gates, or without them and with the reason on the node."""

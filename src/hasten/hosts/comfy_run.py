@@ -31,11 +31,11 @@ class Run:
         options: dict[str, Any],
         settings: dict[str, Any],
         sigmas: Any,
-        compiled: dict[int, Any] | None = None,
+        compiled: dict[tuple[int, str], Any] | None = None,
     ) -> None:
         """Raises ValueError with the reason when the run has to be left as it is.
 
-        compiled: blocks that were compiled for earlier runs, by identity.
+        compiled: blocks that were compiled for earlier runs, by identity and by what was asked for.
         """
         to = options["transformer_options"]
         if "easycache" in to:
@@ -209,13 +209,15 @@ class Run:
         network = whole._orig_mod
         stacks = (network.double_blocks, network.single_blocks)
         plain = [list(stack) for stack in stacks]
+        how = repr(sorted(self.how_compiled.items()))
         try:
             base.diffusion_model = network
             for stack in stacks:
                 for i, block in enumerate(stack):
-                    if id(block) not in self.compiled:
-                        self.compiled[id(block)] = torch.compile(block, **self.how_compiled)
-                    stack[i] = self.compiled[id(block)]
+                    key = id(block), how
+                    if key not in self.compiled:
+                        self.compiled[key] = torch.compile(block, **self.how_compiled)
+                    stack[i] = self.compiled[key]
             yield
         finally:
             for stack, blocks in zip(stacks, plain, strict=True):
