@@ -11,12 +11,12 @@ import pytest
 from fakes import FakePainter
 
 from hasten.compare import compare_recipes
-from hasten.demo import Demo, check_demo_folder, run_demo, sheet_of, show, write_demo
+from hasten.demo import check_demo_folder, run_demo, sheet_of, show, write_demo
 from hasten.page import page
 from hasten.painter import Request
 from hasten.recipe import Recipe
 from hasten.sheet import CELL, MARGIN
-from hasten.showing import Showing
+from hasten.showing import Demo, Showing
 
 COMPUTED = {"mild": 12, "strong": 6, "poor": 16}
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hasten
 from hasten.compare import Progress, compare_recipes, warm_up
 from hasten.generate import png
-from hasten.machine import machine_words
 from hasten.output import check_folder, write_files
 from hasten.painter import Painter, Request
 from hasten.recipe import Recipe, recipe_names
-from hasten.showing import Average, Showing, averages
+from hasten.showing import Demo, Showing
 
 # In the words that flux-nano was taught: things, colours, places, grounds.
 PROMPTS = (
@@ -34,56 +32,6 @@ QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 28
 FULL_SIDE, FULL_STEPS = 256, 28
 # Shown beside the first one: what it was trained for, one prompt unless all are asked for.
 OTHER_MODEL, OTHER_SIDE, OTHER_STEPS, OTHER_GUIDANCE = "sana-nano", 256, 20, 4.5
-
-
-@dataclass(frozen=True)
-class Demo:
-    """Everything that the page and the sheet show. other: the same of another model."""
-
-    painter: Painter
-    showings: list[Showing]
-    descriptions: dict[str, str]
-    other: Demo | None = None
-
-    @property
-    def parts(self) -> list[Demo]:
-        """This, and the other model's."""
-        return [self] if self.other is None else [self, self.other]
-
-    @property
-    def averages(self) -> list[Average]:
-        """One line for each way of drawing, averaged over the prompts."""
-        return averages(self.showings)
-
-    @property
-    def circumstances(self) -> str:
-        """The machine and the settings in one line: no figure means anything without them."""
-        request = self.showings[0].request
-        return " · ".join(
-            [
-                self.painter.model,
-                machine_words(self.painter.device),
-                self.painter.dtype,
-                request.size,
-                f"{request.steps} steps",
-                f"guidance {request.guidance:g}",
-                f"seed {request.seed}",
-                f"hasten {hasten.__version__}",
-            ]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; without the pictures."""
-        return {
-            "schema": 1,
-            "version": hasten.__version__,
-            "model": self.painter.model,
-            "device": self.painter.device,
-            "dtype": self.painter.dtype,
-            "averages": [average.to_dict() for average in self.averages],
-            "showings": [showing.to_dict() for showing in self.showings],
-            **({"other": self.other.to_dict()} if self.other else {}),
-        }
 
 
 def run_demo(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hasten.kernels.eight_rows import FP8, pack, unpack
-from hasten.lane import moved_to_cpu
 
 # Bytes of one number, where that is not the model's own.
 BYTES = {"bf16": 2, "fp8": 1}
@@ -97,6 +96,24 @@ class Kept:
     def tensors(self) -> list[Tensor]:
         """What it takes memory for."""
         return [self.data] if self.scale is None else [self.data, self.scale]
+
+
+def moved_to_cpu(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in the CPU's memory, and the event after which it is whole.
+
+    From a GPU into pinned memory, so that the program runs on while it is copied; where none can be had, it waits.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu"), None
+    try:
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError:  # the system's limit of pinned memory
+        return tensor.to("cpu"), None
+    kept.copy_(tensor, non_blocking=True)
+    with torch.cuda.device(tensor.device):
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(tensor.device))
+    return kept, event
 
 
 def bytes_of(memory: str, element: int) -> int:

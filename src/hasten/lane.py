@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hasten.inside import Inside
+from hasten.kept import moved_to_cpu
 from hasten.moment import Moment
 from hasten.policy import Decision, Policy
-
-if TYPE_CHECKING:
-    from hasten.inside import Inside
 
 
 @dataclass
@@ -119,21 +117,3 @@ class Row:
 
 # Sees each delta that a computed evaluation leaves, before the history takes it: for calibration and fitting.
 Watch = Callable[[Moment, History, Tensor], None]
-
-
-def moved_to_cpu(delta: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy in the CPU's memory, and the event after which it is whole.
-
-    From a GPU into pinned memory, so that the program runs on while it is copied; where none can be had, it waits.
-    """
-    if delta.device.type != "cuda":
-        return delta.to("cpu"), None
-    try:
-        kept = torch.empty(delta.shape, dtype=delta.dtype, pin_memory=True)
-    except RuntimeError:  # the system's limit of pinned memory
-        return delta.to("cpu"), None
-    kept.copy_(delta, non_blocking=True)
-    with torch.cuda.device(delta.device):
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(delta.device))
-    return kept, event

@@ -8,14 +8,10 @@ from __future__ import annotations
 import base64
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hasten.compare import Row
 from hasten.generate import png
-from hasten.showing import Average, Showing
-
-if TYPE_CHECKING:
-    from hasten.demo import Demo
+from hasten.showing import Average, Demo, Showing
 
 COLUMNS = {
     "computed": (

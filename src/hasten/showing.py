@@ -1,4 +1,4 @@
-"""What is shown of comparisons: several requests, each drawn in the same ways, and their averages."""
+"""What is shown of comparisons: several requests, each drawn in the same ways, their averages, and a demo of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
 
+import hasten
 from hasten.compare import Row
-from hasten.painter import Request
+from hasten.machine import machine_words
+from hasten.painter import Painter, Request
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,53 @@ class Average:
 def averages(showings: Sequence[Showing]) -> list[Average]:
     """One average for each way of drawing; every showing has the same ways in the same order."""
     return [Average.of(rows) for rows in zip(*(showing.rows for showing in showings), strict=True)]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that the page and the sheet show. other: the same of another model."""
+
+    painter: Painter
+    showings: list[Showing]
+    descriptions: dict[str, str]
+    other: Demo | None = None
+
+    @property
+    def parts(self) -> list[Demo]:
+        """This, and the other model's."""
+        return [self] if self.other is None else [self, self.other]
+
+    @property
+    def averages(self) -> list[Average]:
+        """One line for each way of drawing, averaged over the prompts."""
+        return averages(self.showings)
+
+    @property
+    def circumstances(self) -> str:
+        """The machine and the settings in one line: no figure means anything without them."""
+        request = self.showings[0].request
+        return " · ".join(
+            [
+                self.painter.model,
+                machine_words(self.painter.device),
+                self.painter.dtype,
+                request.size,
+                f"{request.steps} steps",
+                f"guidance {request.guidance:g}",
+                f"seed {request.seed}",
+                f"hasten {hasten.__version__}",
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without the pictures."""
+        return {
+            "schema": 1,
+            "version": hasten.__version__,
+            "model": self.painter.model,
+            "device": self.painter.device,
+            "dtype": self.painter.dtype,
+            "averages": [average.to_dict() for average in self.averages],
+            "showings": [showing.to_dict() for showing in self.showings],
+            **({"other": self.other.to_dict()} if self.other else {}),
+        }
