@@ -30,7 +30,7 @@ TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_key
 INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
 MEMORY = ("lane", "seam", "call", "session", "gate", "report", *INSIDE)
 TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
-ENGINE = (*DATA, *PAPER, "kernels", *TENSORS, *MEMORY, *TRANSFORMS)
+ENGINE = (*DATA, *PAPER, "kernels", "capture", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
 HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.sana")
 
@@ -49,10 +49,12 @@ ROOMS = (
     ),
     Room(
         MEMORY,
-        hasten=(*DATA, *PAPER, "kernels", *TENSORS, *MEMORY),
+        hasten=(*DATA, *PAPER, "kernels", "capture", *TENSORS, *MEMORY),
         packages=("numpy", "torch"),
     ),
-    Room(("quantize", "compile", "replay"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
+    Room(("capture",), packages=("torch",)),
+    Room(("quantize", "compile"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
+    Room(("replay",), hasten=("capture",), packages=("torch",)),
     Room(("blocks",), hasten=("kernels", "quantize"), packages=("torch",)),
     Room(("sparse",), hasten=(*PAPER, "kernels", *TENSORS), packages=("torch", "safetensors")),
     # The package of hosts itself names them for those who reach a host through the protocol.

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hasten.capture import Recorded
 from hasten.kept import Kept
 from hasten.kernels.weighted_sum import weighted_sum
 from hasten.moment import Moment
 from hasten.predict import Predictor
 from hasten.tokens import choose, fresh_count, normalised
-
-if TYPE_CHECKING:
-    from hasten.walk import Recorded
 
 # Gives other scores for (L, B, N) of them; None where they stay.
 Redraw = Callable[[Tensor], Tensor] | None

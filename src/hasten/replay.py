@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hasten.capture import obstacle, taking_down
+
 # Sizes whose recordings are kept; the one that was longest not met makes room. Each keeps about what one block needs
 # while it runs: some 0.4 GB for FLUX.1-dev at 1024x1024.
 SIZES = 3
@@ -47,22 +49,16 @@ class Recording(Protocol):
 class CudaRecording:
     """A CUDA graph. Those of one pool share their memory, for one runs at a time."""
 
-    def __init__(self, pool: Any, stream: Any) -> None:
+    def __init__(self, device: torch.device, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        self._pool, self._stream = pool, stream
+        self._device, self._pool = device, pool
         self._results: list[Tensor] = []
 
     def record(self, call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
         """See Recording."""
         call(*inputs)  # so that nothing is compiled or loaded while launches are taken down
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            # Other threads (a page, another model) may go on meanwhile.
-            self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._results = list(call(*inputs))
-            finally:
-                self._graph.capture_end()
+        with taking_down(self._graph, self._device, self._pool):
+            self._results = list(call(*inputs))
         return [_unowned(result) for result in self._results]
 
     def replay(self) -> None:
@@ -220,11 +216,13 @@ class Replays:
             return False
         if not self._on_cuda_alone:
             return True
-        return (
-            all(tensor.is_cuda for tensor in given)
-            and not torch.is_autocast_enabled("cuda")
-            and not torch.cuda.is_current_stream_capturing()
-        )
+        if not all(tensor.is_cuda for tensor in given):
+            return False
+        reason = obstacle()
+        if reason is not None:
+            self.works = False
+            self._say(f"blocks are launched kernel by kernel: {reason}")
+        return self.works and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
 
     def _place_for(self, given: Sequence[Tensor]) -> Place:
         device = given[0].device
@@ -285,8 +283,7 @@ def _version(tensor: Tensor) -> int:
 
 def _cuda_recordings(device: torch.device) -> Callable[[], Recording]:
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)
-    return lambda: CudaRecording(pool, stream)
+    return lambda: CudaRecording(device, pool)
 
 
 class _Address:

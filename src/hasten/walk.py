@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from hasten.call import Call
+from hasten.capture import Recorded, Run, obstacle
 from hasten.kernels.gated_forecast import TERMS
 from hasten.parts import Parts
-
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Walk(Protocol):
@@ -39,46 +38,6 @@ class Walk(Protocol):
 
     def streams(self, given: Sequence[Tensor]) -> Any:
         """The host's streams before the first block."""
-
-
-class Recorded:
-    """One walk as a CUDA graph, with inputs of its own. `fits` says whether it may be played."""
-
-    def __init__(self, run: Run, given: Sequence[Tensor], reads: Sequence[Tensor], state: Hashable) -> None:
-        """Records, without running it. reads: tensors whose addresses it takes. Raises what the recording raises."""
-        self._state = state
-        self._given = [tensor.clone() for tensor in given]
-        self._reads = [(tensor, tensor.data_ptr()) for tensor in reads]
-        self._graph = torch.cuda.CUDAGraph()
-        device = given[0].device
-        with torch.cuda.device(device):
-            current, beside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-            beside.wait_stream(current)
-            with torch.cuda.stream(beside):
-                # Other threads may go on with the device: another model, a preview.
-                self._graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    self._out = run(self._given)
-                finally:
-                    self._graph.capture_end()
-            current.wait_stream(beside)
-
-    def fits(self, given: Sequence[Tensor], reads: Sequence[Tensor], state: Hashable) -> bool:
-        """Whether the inputs are of the same kind and everything else lies where it lay."""
-        alike = all(_kind(own) == _kind(now) for own, now in zip(self._given, given, strict=True))
-        return (
-            alike
-            and state == self._state
-            and len(reads) == len(self._reads)
-            and all(now is own and now.data_ptr() == at for now, (own, at) in zip(reads, self._reads, strict=True))
-        )
-
-    def play(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """What the walk gives for those inputs: tensors of the caller's own."""
-        for own, now in zip(self._given, given, strict=True):
-            own.copy_(now)
-        self._graph.replay()
-        return [tensor.clone() for tensor in self._out]
 
 
 def through(parts: list[Parts], streams: Any, each: Callable[[int, Parts, list[Tensor]], list[Tensor]]) -> list[Tensor]:
@@ -136,7 +95,7 @@ def _may_record(call: Call, walk: Walk) -> bool:
     # Weights that are numbers would be recorded as they are; those of one history common to all lie in a tensor.
     alike = all(row.lane.inside is not None and len(row.lane.inside.histories) == 1 for row in call.rows)
     held = terms.predictor.window == 1 or (terms.predictor.window <= TERMS and not call.plan.refreshes and alike)
-    return (
+    may = (
         walk.given[0].is_cuda
         and not torch.is_grad_enabled()
         and not torch.cuda.is_current_stream_capturing()
@@ -147,7 +106,7 @@ def _may_record(call: Call, walk: Walk) -> bool:
         and inside is not None
         and inside.walks <= MOST
     )
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+    reason = obstacle() if may else None
+    if reason is not None:
+        call.terms.report.note(f"evaluations in part were launched one by one: {reason}")
+    return may and reason is None
