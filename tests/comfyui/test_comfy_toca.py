@@ -156,6 +156,21 @@ def test_what_lies_between_the_blocks_is_added_in_part_too(rig: Any, model: Any)
     assert (report.strip, walks) == ("CP", [])
 
 
+def test_a_loras_change_of_the_mlps_shows_in_part(rig: Any, model: Any) -> None:
+    keys = [f"diffusion_model.{name}.weight" for name in ("double_blocks.0.img_mlp.0", "single_blocks.1.linear1")]
+    weights = model.model.state_dict()
+    noise = torch.Generator().manual_seed(8)
+    changes = {key: ("diff", (torch.randn(weights[key].shape, generator=noise) * 0.1,)) for key in keys}
+    adapted = model.clone()
+    assert sorted(adapted.add_patches(changes)) == keys
+    settings, sigmas = recipe(tokens={**ALL, "full_first": 0}, last=False), torch.tensor([1.0, 0.8, 0.6])
+    stock = rig.sample(adapted, sigmas=sigmas)
+    out, report = run(rig, adapted, settings, sigmas=sigmas)
+    without, _ = run(rig, model, settings, sigmas=sigmas)
+    assert report.strip == "CP"
+    assert (out - stock).abs().mean() < 0.5 * (out - without).abs().mean()
+
+
 def test_split_sigmas_begin_afresh_in_the_middle(rig: Any, model: Any) -> None:
     sigmas = torch.linspace(1.0, 0.0, 13)
     _, report = run(rig, model, recipe(tokens=MANY), sigmas=sigmas[6:])
