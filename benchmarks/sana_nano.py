@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import hasten
 
 HERE = Path(__file__).resolve().parent
 STEPS, SIDE, GUIDANCE, TOKENS = 20, 256, 4.5, 64
-BATCH = 32  # prompts in one call, and so in one decision
+BATCH = 64  # prompts in one call, and so in one decision
 RECIPES = ("lossless", "balanced", "fast", "turbo")
 
 
@@ -96,23 +96,25 @@ def main() -> None:
     whole = given.prompts >= 64
     out = given.out or HERE / ("results" if whole else ".cache") / "sana_nano.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    measured = measure(Studio(given.prompts, given.device), tables.device_name(given.device))
     with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(measured[0]))
-        writer.writeheader()
-        writer.writerows(measured)
+        writer = None
+        for row in measure(Studio(given.prompts, given.device), tables.device_name(given.device)):
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print(f"{row['name']:22} {row['evaluations']:>5} {row['psnr_db']:>7} plain {row['psnr_plain_db']:>7} "
+                  f"ssim {row['ssim']} checked {row['checked']}", flush=True)  # fmt: skip
     if whole and given.out is None:
         write_table(out)
-    for row in measured:
-        print(f"{row['name']:22} {row['evaluations']:>5} {row['psnr_db']:>7} plain {row['psnr_plain_db']:>7} "
-              f"ssim {row['ssim']} checked {row['checked']}")  # fmt: skip
 
 
-def measure(studio: Studio, device: str) -> list[dict[str, Any]]:
+def measure(studio: Studio, device: str) -> Iterator[dict[str, Any]]:
     """A row for each way of drawing."""
     uncached = studio.draw()
     plain: dict[int, float] = {STEPS: float("inf")}
-    found = [line("uncached", STEPS, uncached, uncached, float("inf"), studio, device)]
+    yield line("uncached", STEPS, uncached, uncached, float("inf"), studio, device)
     for name, recipe in rows().items():
         with hasten.accelerate(studio.pipe, recipe) as run:
             pictures = studio.draw()
@@ -120,8 +122,7 @@ def measure(studio: Studio, device: str) -> list[dict[str, Any]]:
         steps = max(1, round(computed))
         if steps not in plain:
             plain[steps] = float(psnr(studio.draw(steps), uncached).median())
-        found.append(line(name, computed, pictures, uncached, plain[steps], studio, device))
-    return found
+        yield line(name, computed, pictures, uncached, plain[steps], studio, device)
 
 
 def line(
