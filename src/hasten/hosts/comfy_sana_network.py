@@ -15,6 +15,8 @@ from diffusers import SanaTransformer2DModel
 from diffusers.models.normalization import RMSNorm
 from torch import Tensor, nn
 
+from hasten.attention_keys import Kept, attend_kept, kept_keys
+
 # Embedded guidance of Sprint where no FluxGuidance node is before it: its own pipeline's.
 SPRINT_GUIDANCE = 4.5
 
@@ -66,10 +68,12 @@ class SanaNetwork(SanaTransformer2DModel):  # type: ignore[misc]
         else:
             guidance = None
         override = to.get("optimized_attention_override")
+        kept = None if override is None else kept_keys(attention_mask)
         for block in self.transformer_blocks:
             plain = _plain(block)
             plain.scale_shift_table = plain.table(x)
             plain.attn2.processor.options = to if override is not None else None
+            plain.attn2.processor.kept = kept
         out: Tensor = SanaTransformer2DModel.forward(
             self._view(x, to),
             x,
@@ -137,11 +141,15 @@ class Table(nn.Module):
 
 
 class CrossAttention:
-    """diffusers' processor of the cross attention; ComfyUI's where a node of its graph chose another attention."""
+    """diffusers' processor of the cross attention; ComfyUI's where a node of its graph chose another attention.
+
+    Such attentions seldom take a mask: words that it masks are left out instead, each sample with its own.
+    """
 
     def __init__(self, plain: Any) -> None:
         self.plain = plain
         self.options: dict[str, Any] | None = None
+        self.kept: Kept | None = None
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
@@ -156,11 +164,18 @@ class CrossAttention:
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, None].expand(-1, attn.heads, -1, -1)
-        out = optimized_attention(
-            q, k, v, attn.heads, mask=attention_mask, skip_reshape=True, transformer_options=self.options
-        )
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+            found: Tensor = optimized_attention(
+                q, k, v, attn.heads, mask=mask, skip_reshape=True, transformer_options=self.options
+            )
+            return found
+
+        if attention_mask is not None and torch.compiler.is_compiling():
+            # A prompt's length is none of a graph's business.
+            out = attend(q, k, v, attention_mask[:, None].expand(-1, attn.heads, -1, -1))
+        else:
+            out = attend(q, k, v) if self.kept is None else attend_kept(attend, q, k, v, self.kept)
         return attn.to_out[0](out)  # type: ignore[no-any-return]
 
 
