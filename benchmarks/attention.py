@@ -3,6 +3,7 @@
     python benchmarks/attention.py                   # writes benchmarks/results/attention.csv
     python benchmarks/attention.py --rounds 3        # shorter
     python benchmarks/attention.py --readme          # only the README's table, from the file
+    python benchmarks/attention.py --keep-nano FILE  # only flux-nano's own q, k, v, into a file for --nano FILE
 
 Noise with outlying keys at N = 4608 (1024x1024) and 16896 (2048x2048), 24 heads of 128, batch 1; and flux-nano's own
 q, k, v of one step in the middle of a picture at 512x512. Each is first compared with float32 softmax in full (sparse
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,13 +63,13 @@ def noise(rows: int, heads: int = 24, dim: int = 128) -> list[Tensor]:
     return [t.bfloat16() for t in (q, k, v)]
 
 
-def of_flux_nano(step: int = 4, block: int = 7) -> list[Tensor]:
+def of_flux_nano(device: str = "cuda", step: int = 4, block: int = 7) -> list[Tensor]:
     """q, k, v of one block of flux-nano in the middle of a picture of 512x512."""
     from hasten.hosts.diffusers_attention import HungAttention
     from hasten.loading import Model, load_painter
     from hasten.recipe import Attention
 
-    painter = load_painter(Model(), device=torch.device("cuda"), dtype=torch.bfloat16)
+    painter = load_painter(Model(), device=torch.device(device), dtype=torch.bfloat16)
     transformer = painter.pipe.transformer
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     hung = HungAttention(blocks, Attention("sdpa"))
@@ -190,17 +192,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sizes", type=int, nargs="*", default=[4608, 16896])
     parser.add_argument("--without-nano", action="store_true", help="leave flux-nano's own q, k, v out")
+    parser.add_argument("--keep-nano", type=Path, metavar="FILE", help="only write flux-nano's q, k, v, on any machine")
+    parser.add_argument("--nano", type=Path, metavar="FILE", help="take flux-nano's q, k, v from there")
     parser.add_argument("--readme", action="store_true", help="only rewrite the README's table from the file")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "attention.csv")
     given = parser.parse_args()
     if given.readme:
         readme(given.out)
         return
+    if given.keep_nano:
+        kept = of_flux_nano("cuda" if torch.cuda.is_available() else "cpu")
+        save_file({name: t.contiguous().cpu() for name, t in zip("qkv", kept, strict=True)}, given.keep_nano)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU; without one `hasten doctor` says what could be used.")
     table = [row for rows in given.sizes for row in measure("noise", noise(rows), given.rounds)]
     if not given.without_nano:
-        table += measure("flux-nano", of_flux_nano(), given.rounds)
+        kept = load_file(given.nano, "cuda") if given.nano else {}
+        table += measure("flux-nano", [kept[name] for name in "qkv"] if kept else of_flux_nano(), given.rounds)
     with given.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -89,6 +89,22 @@ def test_the_self_test_catches_a_kernel_made_wrong_on_purpose() -> None:
     assert self_test(right, CPU, torch.float32, 64, 130) < 1e-5
 
 
+def test_the_self_test_catches_what_overflows_float16() -> None:
+    def sums(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weight = torch.softmax(q.float() @ k.float().mT * q.shape[-1] ** -0.5, -1)
+        return (weight / weight.amax(-1, keepdim=True) @ v.float()).half() / (
+            1.0 / weight.amax(-1, keepdim=True)
+        ).half()
+
+    def scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax((q.float() @ k.float().mT).half() * q.shape[-1] ** -0.5, -1) @ v
+
+    half = ask(dtype=torch.float16, rows=1000, keys=1000)
+    for narrow in (sums, scores):
+        assert judge(backend("narrow", narrow), half).reason == "its self-test gives numbers that are not finite"
+    assert judge(backend("right", scaled_dot_product_attention), half).ok
+
+
 def test_a_kernel_that_fails_in_the_run_gives_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

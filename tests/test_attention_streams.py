@@ -80,3 +80,22 @@ def test_what_fails_there_gives_way_and_the_picture_stays(monkeypatch: pytest.Mo
     latents, report = hastened(pipe, {"schema": 1, "attention": {"backend": "int8_fp8"}})
     assert torch.equal(latents, stock)
     assert any(note.endswith("gave way to torch's own: out of registers") for note in report.notes)
+
+
+def test_both_are_one_step_of_a_graph(fused: list[int]) -> None:
+    attention = Attention("int8_fp8")
+    norms = tuple(torch.ones(64) for _ in range(4))
+    turn = torch.randn(50, 32, generator=torch.Generator().manual_seed(5))
+    rope = turn.cos(), turn.sin()
+
+    def of_rows(qkv: Tensor) -> Tensor:
+        return attend_rows(attention, qkv, norms, rope, batch=2, length=20, heads=2, joint=False)
+
+    def of_streams(image: Tensor, text: Tensor) -> Tensor:
+        return attend_streams(attention, (image,) * 3, (text,) * 3, norms, 1e-6, rope)
+
+    noise = torch.Generator().manual_seed(1)
+    image, text = torch.randn(2, 30, 2, 64, generator=noise), torch.randn(2, 20, 2, 64, generator=noise)
+    for function, given in ((of_rows, (qkv(2, 50),)), (of_streams, (image, text))):
+        compiled = torch.compile(function, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(*given), function(*given))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 import time
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sparse, sparse_fused
+from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sol, sparse, sparse_fused
 from hasten.attention_keys import Kept, attend_kept
 from hasten.kernels.streams import Streams
 
@@ -72,7 +73,7 @@ class Attention:
             raise ValueError(f"attention {wanted!r} is not known: known are {', '.join(CHOICES)}.")
         self.wanted, self.error, self.say = wanted, error, say
         self.exact = self.always_exact = False
-        # Of the block-sparse kernel alone: the share of blocks that is kept, and how many leading tokens are text.
+        # Of block-sparse kernels alone: the share of blocks that is kept, and how many leading tokens are text.
         self.keep, self.text_rows = keep, 0
         # The picture's tokens, rows and columns, where the host knows them: blocks are then patches of it.
         self.grid: tuple[int, int] | None = None
@@ -172,6 +173,8 @@ class Attention:
         if backend.name == "sparse":
             self._bring_heads(q.device)
             attend = sparse(self.keep, self.text_rows, heads=self.heads, grid=self.grid)
+        elif backend.name == "sol":
+            attend = sol(self.keep, self.text_rows)
         try:
             out = attend(q, k, v)
         except Exception as error:  # kernels have no common class for their refusals
@@ -212,7 +215,9 @@ def judge(backend: Backend, ask: Ask, error: float | None = None) -> Verdict:
     if isinstance(found, str):
         return Verdict(False, found)
     bound = backend.error if error is None else min(error, backend.error)
-    if not found <= bound:  # NaN is not
+    if math.isnan(found):
+        return Verdict(False, "its self-test gives numbers that are not finite")
+    if found > bound:
         return Verdict(False, f"its self-test is off by {found:.3g}, more than {bound:.3g}")
     return verdict
 
@@ -220,7 +225,8 @@ def judge(backend: Backend, ask: Ask, error: float | None = None) -> Verdict:
 def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> float:
     """Mean error over mean size against float32 on noise with outlying keys; NaN where the result is not finite.
 
-    A back-end that leaves a part of the sum out is judged by whether its result is finite alone, and gives 0.
+    A back-end that leaves a part of the sum out is judged by whether its result is finite alone, and gives 0. In
+    float16, scores and sums beyond its range are tried too: a kernel that keeps either in 16 bits gives infinity.
     """
     noise = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn((1, 2, rows, head_dim), generator=noise).to(device, dtype) for _ in range(3))
@@ -229,6 +235,10 @@ def self_test(backend: Backend, device: torch.device, dtype: torch.dtype, head_d
     found = backend.attend(q, k, v)
     if found.shape != q.shape or not bool(torch.isfinite(found).all()):
         return float("nan")
+    if dtype == torch.float16:
+        for given in ((q * 40.0, k * 40.0, v), (q * 0.01, k, v + 200.0)):
+            if not bool(torch.isfinite(backend.attend(*given)).all()):
+                return float("nan")
     if backend.error >= SPARSE:
         return 0.0
     weights = torch.softmax(q.float() @ k.float().mT * head_dim**-0.5, -1)

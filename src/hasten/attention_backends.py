@@ -134,6 +134,16 @@ def _kitchen_refuses(ask: Ask) -> str | None:
     return reason
 
 
+def _sol_refuses(ask: Ask) -> str | None:
+    reason = _takes(
+        capability=(8, 0), dims=(128,), square=True, least_rows=128, package="comfy_kitchen", attribute="sol_attn"
+    )(ask)
+    available = None if reason else getattr(importlib.import_module("comfy_kitchen"), "sol_attn_is_available", None)
+    if available is not None and not available(ask.device):
+        return "this comfy_kitchen's compiled part does not take this GPU"
+    return reason
+
+
 def _ours(capability: tuple[int, int]) -> Callable[[Ask], str | None]:
     rule = _takes(capability=capability, dims=(64, 128), package="triton", square=True)
     return lambda ask: rule(ask) or (None if ask.heads * ask.rows < 2**31 // 128 else "the call is too long for it")
@@ -186,6 +196,22 @@ def _sparge(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _kitchen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out: Tensor = importlib.import_module("comfy_kitchen").int8_attention(q, k, v)
     return out
+
+
+def sol(keep: float, text_rows: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """comfy-kitchen's block-sparse attention that keeps a share of the blocks of 64 keys, the text always, and takes
+    the others by their means."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if keep >= 1.0:  # its share is below 1
+            return scaled_dot_product_attention(q, k, v)
+        text = [0, (text_rows + 63) // 64]
+        out: Tensor = importlib.import_module("comfy_kitchen").sol_attn(
+            *(t.transpose(1, 2).contiguous() for t in (q, k, v)), topk_ratio=keep, sink_blocks=text, sink_q=text
+        )
+        return out.transpose(1, 2)
+
+    return attend
 
 
 def _int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -300,6 +326,7 @@ BACKENDS: dict[str, Backend] = {
             ),
             _sparge,
         ),
+        Backend("sol", "comfy-kitchen's sol-attn, half of the blocks", SPARSE, _sol_refuses, sol(0.5, 0)),
         Backend("sparse", "ours, half of the blocks", SPARSE, _ours((8, 9)), sparse(0.5, 0), sparse_fused(0.5, 0)),
     )
 }  # fmt: skip

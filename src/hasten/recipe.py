@@ -49,7 +49,7 @@ TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
 # attention.py's back-ends, "auto" for the fastest that is near enough, "unchanged" for the host's own.
 ATTENTIONS = (
     *("unchanged", "auto", "sdpa", "cudnn", "flash2", "flash3", "flex", "sage", "kitchen", "int8", "int8_fp8"),
-    *("sparge", "sparse"),
+    *("sparge", "sol", "sparse"),
 )
 
 # Where a threshold is left out. fbcache: ParaAttention's middle setting for FLUX; mbcache: the original
@@ -251,8 +251,8 @@ class Skip:
 class Attention:
     """Which attention the model's blocks use; the host's own in the steps and blocks that stay exact.
 
-    error: the largest relative L1 error that "auto" may choose. keep: the share of blocks of keys that "sparse" keeps.
-    tuned: a file of `hasten tune-attention` with "sparse"'s settings for each head, instead of keep.
+    error: the largest relative L1 error that "auto" may choose. keep: the share of blocks of keys that "sparse" and
+    "sol" keep. tuned: a file of `hasten tune-attention` with "sparse"'s settings for each head, instead of keep.
     exact_first, exact_last: of the run's intervals; exact_blocks: counted from 0 over all blocks.
     """
 
