@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hasten.hosts.diffusers_hooks import hooked
 from hasten.kernels.decoder import norm_add, spread
 from hasten.kernels.gated_conv import gated_conv
 from hasten.kernels.linear_attention import linear_attention
@@ -38,12 +39,7 @@ def is_plain(part: Any) -> bool:
     if kind not in PARTS:
         return False
     for piece in part.modules():
-        if (
-            piece._forward_hooks
-            or piece._forward_pre_hooks
-            or "forward" in piece.__dict__
-            or hasattr(piece, "_hf_hook")
-        ):
+        if hooked(piece):
             return False
         if any(type(weight) is not nn.Parameter for weight in piece._parameters.values() if weight is not None):
             return False
