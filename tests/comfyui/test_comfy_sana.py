@@ -220,6 +220,28 @@ def test_a_lora_is_added_and_taken_off(load: Any) -> None:
     assert apart(sample(model, given, latent), plain) < 1e-6
 
 
+def test_layers_are_kept_in_8_bits_for_one_clone(load: Any) -> None:
+    from hasten.hosts import comfy_quantize
+
+    latent, given = noise(1, 32, 4, 4, seed=7), words(6)
+    model = load(sana().transformer)
+    plain = sample(model, given, latent)
+    quantised, said = comfy_quantize.quantise_model(model)
+    assert said == f"{4 * 8} layers of the model are kept in int8"  # both attentions': q, k, v and out
+    found = sample(quantised, given, latent)
+    assert 0 < apart(found, plain) < 0.05
+    assert torch.equal(sample(model, given, latent), plain)
+    assert torch.equal(sample(host.put_recipe(quantised, Recipe.from_dict(ALWAYS["fbcache"])), given, latent), found)
+    import comfy.sd
+
+    stem = "transformer.transformer_blocks.0.attn2.to_q"
+    # Of a LoRA's usual size: a row's scale stays, so one that outgrows the weights themselves would be cut off.
+    lora = {f"{stem}.lora_A.weight": noise(4, 64, seed=1), f"{stem}.lora_B.weight": 0.05 * noise(64, 4, seed=2)}
+    changed = [comfy.sd.load_lora_for_models(each, None, lora, 0.5, 0.0)[0] for each in (model, quantised)]
+    exact, eight = (sample(each, given, latent) for each in changed)
+    assert apart(eight, exact) < 0.05 and apart(eight, exact) < 0.5 * apart(exact, plain)
+
+
 def test_what_core_saves_can_be_loaded_again(load: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

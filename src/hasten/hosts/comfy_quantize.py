@@ -1,4 +1,4 @@
-"""comfy_quantize.py keeps a FLUX's linear layers in 8 bits, for one clone of a ComfyUI MODEL.
+"""comfy_quantize.py keeps a FLUX's or a Sana's linear layers in 8 bits, for one clone of a ComfyUI MODEL.
 
 The layers hang on the clone as object patches: ComfyUI puts them in when it loads the clone, and takes them out again
 for every other. The model's own layers are never written to, and stay off the GPU while the clone is on it.
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from hasten.kernels.rows import LIMITS, quantise
 from hasten.quantize import FORMATS, format_for, linear_8
 
-NOTHING = "this model has no layers to quantise: a FLUX in 16 or 32 bits is expected"
+NOTHING = "this model has no layers to quantise: a FLUX or a Sana in 16 or 32 bits is expected"
 # Attention and MLPs; modulation stays: it sees one row a picture, and its error falls on every token.
-PARTS = ("img_attn.", "img_mlp.", "txt_attn.", "txt_mlp.", "linear1", "linear2")
+PARTS = ("img_attn.", "img_mlp.", "txt_attn.", "txt_mlp.", "linear1", "linear2", "attn1.", "attn2.")
 
 
 class Layer8(nn.Module):
@@ -132,7 +132,10 @@ def _saved(layer: nn.Linear) -> int:
 def _layers(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     """Name and layer of what is quantised; layers that hold 8 bits already are left as they are."""
     network = model.model.diffusion_model
-    for stack in ("double_blocks", "single_blocks"):
+    # Sana's go by two names; the weights', and so a LoRA's, is the first.
+    for stack in (
+        ("transformer_blocks",) if hasattr(network, "transformer_blocks") else ("double_blocks", "single_blocks")
+    ):
         for i, block in enumerate(getattr(network, stack, ())):
             for inner in [inner for inner, _ in block.named_modules()]:
                 if inner.startswith(PARTS):
