@@ -69,6 +69,13 @@ def any_length_and_head_size_comes_near_float32(device: str) -> None:
             assert error(attention8(q, k, v, fp8=fp8), exactly(q, k, v)) < near_enough(device, fp8), (rows, dim, fp8)
 
 
+def scores_and_sums_beyond_float16_stay_finite(device: str) -> None:
+    q, k, v = qkv(device, 200)
+    for wide in ((q * 40.0, k * 40.0, v), (q * 0.01, k, v + 200.0)):
+        for fp8 in (True, False):
+            assert error(attention8(*wide, fp8=fp8), exactly(*wide)) < near_enough(device, fp8)
+
+
 def strides_are_read_in_place(device: str) -> None:
     packed = noise(device, 1, 130, 3, 2, 64)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -178,8 +185,8 @@ def the_order_of_the_rows_changes_blocks_alone(device: str) -> None:
     moved, back = order.long(), order.long().argsort()
     half = attention8_sparse(q, k, v, keep=whole(device, 0.7), order=order, **given)
     by_hand = attention8_sparse(*(t[:, :, moved] for t in (q, k, v)), keep=whole(device, 0.7), **given)
-    # The constant that is taken off every key comes from other rows of them: int8 rounds elsewhere.
-    assert error(half, by_hand[:, :, back]) < near_enough(device, True)
+    # The constants that are taken off come from other rows: both round, and elsewhere.
+    assert error(half, by_hand[:, :, back]) < 1.5 * near_enough(device, True)
 
 
 def text_is_always_on_and_blocks_unlike_themselves_too(device: str) -> None:
@@ -206,7 +213,8 @@ def the_weight_to_keep_is_kept_to(device: str) -> None:
 def skipping_what_weighs_nothing_changes_nothing(device: str) -> None:
     q, k, v = clustered(device, 384)
     given = {"keep": whole(device, 1.0), "alike": whole(device, -1.0)}
-    all_of_it = attention8_sparse(q, k, v, **given)
+    # One that skips nothing is by the same kernel; without skip_below a GPU may take another.
+    all_of_it = attention8_sparse(q, k, v, skip_below=whole(device, 1e6), **given)
     careful = attention8_sparse(q, k, v, skip_below=whole(device, 50.0), **given)
     assert error(careful, all_of_it) < 1e-3
     # Here every block's best score lies below the row's best so far by less than 2^1, or it is left.

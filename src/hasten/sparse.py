@@ -129,14 +129,14 @@ def best_attend(q: Tensor) -> Sparse:
 
 def by_kernel(q: Tensor, k: Tensor, v: Tensor, heads: Heads, text_rows: int) -> tuple[Tensor, Tensor]:
     """One trial with our kernel, its rounding included."""
-    from hasten.kernels.attention8 import attend_plain
+    from hasten.kernels.attention8 import attend_chosen
     from hasten.kernels.chosen import choose
     from hasten.kernels.eight import prepare
 
     eight = prepare(q, k, v, means=True)
     chosen = choose(eight, keep=heads.keep, alike=heads.alike, topk=False, text_rows=text_rows)
     skip_below = None if bool(torch.isinf(heads.skip_below).all()) else heads.skip_below
-    out = attend_plain(eight, v, q.dtype, chosen=chosen, skip_below=skip_below)
+    out = attend_chosen(eight, v, q.dtype, chosen=chosen, skip_below=skip_below)
     blocks = chosen.count.shape[1]
     kept = chosen.count.view(q.shape[0], q.shape[1], blocks).float().mean((0, 2)) / blocks
     return out.transpose(1, 2), 1.0 - kept

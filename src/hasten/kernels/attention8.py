@@ -2,9 +2,10 @@
 
 Floor, for B 1, H 24, D 128, after `eight.prepare`: 4 N^2 H D products, 0.26 T at N = 4608, 132 us at an H200's
 1979 T/s for 8 bits; the N^2 H exponentials take 137 us at 16 a clock on each of 132 multiprocessors, so the two must
-overlap, and exponentials are read off a straight line (see attention8_triton.py): half of them by the Hopper kernel.
+overlap, and exponentials are read off a straight line (see attention8_triton.py).
 
-Each block's P V is added up in float32 by itself, because the tensor cores keep only some 13 bits of an e4m3 sum.
+P V is added up in float32 by itself after every block of keys, or every 32 of them by the Hopper kernel, because the
+tensor cores keep only some 13 bits of an e4m3 sum. What does not cancel loses most: so V goes without its mean.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ _attention8_sparse.register_fake(_like)
 def attend(eight: Eight, v: Tensor, dtype: torch.dtype) -> Tensor:
     """softmax(q k^T) v by the fastest kernel here, (B, N, H, D) of `dtype`; v as in `attend_plain`."""
     fp8, device = eight.v is not None, eight.q.device
-    if fp8 and eight.q.is_cuda and eight.order is None and _hopper_works(device, eight.q.shape[2]):
+    if fp8 and eight.q.is_cuda and _hopper_works(device, eight.q.shape[2]):
         return attend_hopper(eight, dtype)
     return attend_plain(eight, v, dtype, tma=fp8 and _has_tma(device))
 
@@ -85,9 +86,19 @@ def attend_sparse(
     eight: Eight, v: Tensor, dtype: torch.dtype, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
     topk: bool = True, text_rows: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The same over the blocks of keys that are chosen; eight: prepared with means."""
+    """The same over the blocks of keys that `choose` takes; eight: prepared with means."""
     chosen = choose(eight, keep=keep, alike=alike, topk=topk, text_rows=text_rows)
-    tma = eight.v is not None and skip_below is None and _has_tma(eight.q.device)
+    return attend_chosen(eight, v, dtype, chosen=chosen, skip_below=skip_below)
+
+
+def attend_chosen(
+    eight: Eight, v: Tensor, dtype: torch.dtype, *, chosen: Chosen, skip_below: Tensor | None = None
+) -> Tensor:
+    """The same over blocks of keys that were chosen before; skip_below (H,): see `attend_plain`."""
+    device = eight.q.device
+    if eight.v is not None and eight.q.is_cuda and skip_below is None and _hopper_works(device, eight.q.shape[2], True):
+        return attend_hopper(eight, dtype, chosen=chosen)
+    tma = eight.v is not None and skip_below is None and _has_tma(device)
     return attend_plain(eight, v, dtype, chosen=chosen, skip_below=skip_below, tma=tma)
 
 
@@ -114,7 +125,8 @@ def attend_plain(
         v8 = TensorDescriptor.from_tensor(v8.view(-1, eight.padded), [dim, keys])
     listed, count = (eight.q_scale, eight.q_scale) if chosen is None else (chosen.listed, chosen.count)
     _kernels().attend[((eight.rows + rows - 1) // rows, eight.batch * eight.heads)](
-        q8, eight.q_scale, k8, eight.k_scale, v8, eight.v_scale if fp8 else eight.q_scale, listed, count,
+        q8, eight.q_scale, k8, eight.k_scale, v8,
+        *((eight.v_scale, eight.v_mean) if fp8 else (eight.q_scale, eight.q_scale)), listed, count,
         eight.q_scale if skip_below is None else skip_below, eight.q_scale if eight.order is None else eight.order, out,
         v.stride(0), v.stride(1), v.stride(2), out.stride(0), out.stride(2), out.stride(1),
         eight.heads, eight.rows, eight.padded,
@@ -124,7 +136,7 @@ def attend_plain(
     return out
 
 
-def attend_hopper(eight: Eight, dtype: torch.dtype) -> Tensor:
+def attend_hopper(eight: Eight, dtype: torch.dtype, *, chosen: Chosen | None = None) -> Tensor:
     """The same in e4m3 by the Hopper kernel."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -133,20 +145,21 @@ def attend_hopper(eight: Eight, dtype: torch.dtype) -> Tensor:
 
     assert eight.v is not None
     dim, own, keys = eight.q.shape[2], 64, BLOCK
-    device = eight.q.device
+    device, order, q_scale = eight.q.device, eight.order, eight.q_scale
+    options = attention8_hopper.DENSE if chosen is None else attention8_hopper.CHOSEN
+    tile = options["GROUPS"] * own
     out = torch.empty((eight.batch, eight.rows, eight.heads, dim), device=device, dtype=dtype)
     flat = NVMMASharedLayout(swizzle_byte_width=dim, element_bitwidth=8, rank=2)
     turned = NVMMASharedLayout(swizzle_byte_width=keys, element_bitwidth=8, rank=2)
-    row_blocks = (eight.rows + 3 * own - 1) // (3 * own)
+    row_blocks = (eight.rows + tile - 1) // tile
     key_blocks = eight.padded // keys
     tiles = row_blocks * eight.batch * eight.heads
     programs = _multiprocessors(device)
-    # A last round that is not full is cut along the keys, so that every multiprocessor has a share of it.
-    rest = tiles % programs
-    splits = min(programs // rest, key_blocks, 4) if rest else 1
+    rest = 0 if chosen is not None or order is not None else tiles % programs
+    splits = _cuts(rest, programs, key_blocks)
     whole = tiles - rest if splits > 1 else tiles
     items = whole + (tiles - whole) * splits
-    cut_rows = max(1, (items - whole) * 3 * own)
+    cut_rows = max(1, (items - whole) * tile)
     cut_out = torch.empty(cut_rows * (dim + 1), device=device, dtype=torch.float32)
     cut_lse = cut_out[cut_rows * dim :]
     at_out = (out.stride(0), out.stride(2), out.stride(1))
@@ -154,32 +167,43 @@ def attend_hopper(eight: Eight, dtype: torch.dtype) -> Tensor:
         TensorDescriptor.from_tensor(eight.q.view(-1, dim), [own, dim], flat),
         TensorDescriptor.from_tensor(eight.k.view(-1, dim), [keys, dim], flat),
         TensorDescriptor.from_tensor(eight.v.view(-1, eight.padded), [dim, keys], turned),
-        eight.q_scale, eight.k_scale, eight.v_scale, out, cut_out, cut_lse, *at_out,
+        *((q_scale, q_scale) if chosen is None else (chosen.listed, chosen.count)),
+        q_scale if order is None else order, q_scale, eight.k_scale, eight.v_scale, eight.v_mean,
+        out, cut_out, cut_lse, *at_out,
         eight.heads, eight.rows, eight.padded, row_blocks, items, whole, splits, key_blocks,
-        D=dim, M=own, N=keys, STAGES=3, TAIL=eight.rows % keys != 0, REGISTERS=160,
-        num_warps=4,
+        D=dim, M=own, N=keys, TAIL=eight.rows % keys != 0, SPARSE=chosen is not None, ORDER=order is not None,
+        num_warps=4, **options,
     )  # fmt: skip
     if splits > 1:
-        attention8_hopper.join_cut[(rest, 6)](
+        attention8_hopper.join_cut[(rest, tile // 32)](
             cut_out, cut_lse, out, *at_out, eight.heads, eight.rows, row_blocks, whole, splits,
-            D=dim, TILE=3 * own, R=32, num_warps=4,
+            D=dim, TILE=tile, R=32, num_warps=4,
         )  # fmt: skip
     return out
 
 
+def _cuts(rest: int, programs: int, key_blocks: int) -> int:
+    """Into how many parts along the keys a last round's tiles are cut, so that all multiprocessors share them."""
+    # In whole tiles: what the busiest one has to do, and about a twenty-fifth for each cut.
+    return min(range(1, min(8, key_blocks) + 1), key=lambda cuts: -(-rest * cuts // programs) / cuts + 0.04 * cuts)
+
+
 @functools.cache
-def _hopper_works(device: torch.device, dim: int) -> bool:
+def _hopper_works(device: torch.device, dim: int, sparse: bool = False) -> bool:
     """Whether the Gluon kernel compiles here and agrees with the plain one; asked once for a device and head size."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    q, k, v = torch.randn(3, 1, 2, 300, dim, device=device, dtype=torch.float16)
-    eight = prepare(q, k, v)
+    # Long enough for every part of it: a tail, tiles cut along the keys, and sums carried over to shared memory.
+    q, k, v = torch.randn(3, 1, 2, 4700, dim, device=device, dtype=torch.float16)
+    eight = prepare(q, k, v, means=sparse)
+    half = torch.full((2,), 0.5, device=device)
+    chosen = choose(eight, keep=half, alike=half * 0.0 - 1.0) if sparse else None
     try:
-        found = attend_hopper(eight, q.dtype).float()
+        found = attend_hopper(eight, q.dtype, chosen=chosen).float()
     except Exception as error:  # Gluon is experimental and has no common class for its refusals
         logging.getLogger("hasten").warning("the Hopper kernel cannot be used, the plain one is (%s)", _first(error))
         return False
-    plain = attend_plain(eight, v, q.dtype, lines=False).float()
+    plain = attend_plain(eight, v, q.dtype, chosen=chosen, lines=False).float()
     # Lines against exact exponentials differ by some hundredths; a wrong result is off by 1.
     return bool((found - plain).abs().mean() < 0.1 * plain.abs().mean())
 

@@ -1,9 +1,10 @@
 """The 8-bit attention of attention8_triton.py once more in Gluon, for Hopper: loads apart, three warp groups a tile.
 
 One warp fetches keys and values by TMA; three warp groups of 64 rows each take them from shared memory, so a block of
-keys is read from L2 once for 192 rows, where the plain kernel's 64 rows keep L2 at its limit. While one group is in
-its softmax another multiplies. Gluon is experimental: where this module does not compile or its result is not right,
-attention8.py uses the plain kernel.
+keys is read from L2 once for 192 rows, where the plain kernel's 64 rows keep L2 at its limit. A group asks for the
+next block's scores and for this block's P V together, and is in its softmax while the tensor cores work on the second.
+Gluon is experimental: where this module does not compile or its result is not right, attention8.py uses the plain
+kernel.
 """
 
 from __future__ import annotations
@@ -13,26 +14,43 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-LOG2_448 = gl.constexpr(8.807354922057604)
-# int32 s below 2^22 in size plus this number has the bits of the float 12582912 + s: a conversion on the other pipe.
-FLOAT_BITS = gl.constexpr(0x4B400000)
-FLOAT_BASE = gl.constexpr(12582912.0)
-# 1.5 * 2^11 + 127: adding it leaves x + 127 with 12 bits after the point at the low end of the float's bits.
-LINE_BASE = gl.constexpr(3072.0 + 127.0)
-# The straight line between powers of two lies above 2^x by up to 6.1 %; less this in the exponent it lies around it.
-LINE_SHIFT = gl.constexpr(0.058)
-LINE_LEAST = gl.constexpr(3072.0 + 127.0 - 24.0)
+# Scores are counted in eighths of a power of two; one of them is EIGHTH in the bits of a float, so that 2^x is read off
+# the straight line between powers of two. It lies above 2^x by up to 6.1 %, within e4m3's own rounding.
+EIGHTH = gl.constexpr(1 << 20)
+# The largest weight of a row is at most 448, e4m3's largest number: eighth 126 above 2^-7.
+TOP = gl.constexpr((126 << 20) + (120 << 23))
+# So far below the largest, in eighths, a weight is nothing in e4m3 and 2^-16 in the sum.
+DEEP = gl.constexpr(200)
+# No score of 128 channels is as large as this.
+NEVER = gl.constexpr(4194304.0)
+# The tensor cores keep only some 13 bits of a sum of e4m3 products: after so many blocks of keys it is added up in
+# float32 in shared memory.
+TOGETHER = gl.constexpr(32)
+
+# How attention8.py launches it: groups of 64 rows, blocks of keys in flight, the registers of a group's thread. Shared
+# memory has room for no more. Blocks of keys are chosen for 128 rows at a time: two groups.
+DENSE = {"GROUPS": 3, "STAGES": 3, "REGISTERS": 160}
+CHOSEN = {"GROUPS": 2, "STAGES": 4, "REGISTERS": 232}
 
 
 @gluon.jit
-def _item(item, whole, splits, row_blocks, key_blocks):
-    """(tile, first block of keys, one past the last): the last tiles are cut along the keys so that none waits."""
+def _item(item, count, whole, splits, row_blocks, key_blocks, SPARSE: gl.constexpr):
+    """(tile, first block of keys, one past the last): the last tiles are cut along the keys so that none waits.
+
+    SPARSE: of a tile's own list of blocks, which is `count` of it long. Text has the longest, at the same rows of each
+    head: rows are turned on from head to head, so that no program has all of those.
+    """
+    if SPARSE:
+        head = item // row_blocks
+        tile = head * row_blocks + (item + 5 * head) % row_blocks
+        return tile, 0, gl.load(count + tile)
     rest = item - whole
     cut = item >= whole
     tile = gl.where(cut, whole + rest // splits, item)
@@ -43,16 +61,28 @@ def _item(item, whole, splits, row_blocks, key_blocks):
 
 
 @gluon.jit
+def _block(place, tile, listed, key_blocks, SPARSE: gl.constexpr):
+    """Which block of keys comes at that place."""
+    if SPARSE:
+        return gl.load(listed + tile.to(gl.int64) * key_blocks + place)
+    return place
+
+
+@gluon.jit
 def _fetch(
-    q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    row_blocks, items, whole, splits, key_blocks, padded,
+    given,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    SPARSE: gl.constexpr,
 ):  # fmt: skip
     """The warp that loads, for every item of this program in turn."""
+    (
+        q_desc, k_desc, v_desc, listed, listed_count, q_mem, k_mem, v_mem, q_full, q_empty, k_full, k_empty, v_full,
+        v_empty, row_blocks, items, whole, splits, key_blocks, padded,
+    ) = given  # fmt: skip
     count = 0
     turn = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, low, high = _item(item, whole, splits, row_blocks, key_blocks)
+        tile, low, high = _item(item, listed_count, whole, splits, row_blocks, key_blocks, SPARSE)
         head = tile // row_blocks
         row = head * padded + (tile % row_blocks) * GROUPS * M
         for group in gl.static_range(GROUPS):
@@ -60,7 +90,9 @@ def _fetch(
             mbarrier.expect(q_full.index(group), M * D)
             tma.async_copy_global_to_shared(q_desc, [row + group * M, 0], q_full.index(group), q_mem.index(group))
         turn += 1  # noqa: SIM113 - a loop of the device
-        for block in range(low, high):
+        block = _block(low, tile, listed, key_blocks, SPARSE)
+        for place in range(low, high):
+            after = _block(gl.minimum(place + 1, high - 1), tile, listed, key_blocks, SPARSE)
             slot = count % STAGES
             phase = ((count // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
@@ -71,157 +103,219 @@ def _fetch(
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), N * D)
             tma.async_copy_global_to_shared(v_desc, [head * D, block * N], v_full.index(slot), v_mem.index(slot))
+            block = after
             count += 1
 
 
 @gluon.jit
-def _weigh(
-    score, q_step, k_step, v_now, v_before, biggest, total, left, one,
-    M: gl.constexpr, N: gl.constexpr, TAIL: gl.constexpr,
-    score_layout: gl.constexpr, p_layout: gl.constexpr,
-):  # fmt: skip
-    """One block's softmax: P in e4m3 as the next product wants it, and the running state."""
+def _exp2(x):
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _inverse(x):
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _below(x):
+    """The largest whole number that is not above x."""
+    return gl.inline_asm_elementwise(
+        "cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def _by_lane(weight, M: gl.constexpr, N: gl.constexpr):
+    """Each row's sum, but for the four lanes that share it: no lane waits for another before the row is done."""
+    return gl.sum(gl.sum(gl.reshape(weight, [M, N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _weigh(score, q_step, q_inverse, k_step, biggest, spare, M: gl.constexpr, N: gl.constexpr, TAIL: gl.constexpr):
+    """One block's softmax from its scores (M, N) int32: P in e4m3, in the order of V's keys, and the running state.
+
+    biggest: the row's largest score so far, in whole eighths of a power of two, rounded up. An integer product and sum
+    makes a score the bits of its weight; sums beyond 32 bits wrap, and wrap back. spare: how many of the keys are only
+    padding (TAIL), whose score is 0. That is no more than the largest, as the keys' mean is taken off them; their
+    values are 0, so that the sum alone has to be without them.
+    """
     step = q_step * k_step
-    value = (score * one + FLOAT_BITS).to(gl.float32, bitcast=True)
+    now = gl.maximum(biggest, _below(gl.max(score, 1).to(gl.float32) * step) + 1)
+    least = (now - DEEP).to(gl.float32) * (q_inverse * _inverse(k_step))
+    nothing = least > NEVER
+    scale = gl.where(nothing, 0, _below(step * EIGHTH + 0.5))
+    base = gl.where(nothing, 0, TOP - now * EIGHTH)
+    floor = _below(least) + 1
+    bits = gl.maximum(score, floor[:, None]) * scale[:, None] + base[:, None]
+    weight = bits.to(gl.float32, bitcast=True)
+    part = _by_lane(weight, M, N)
     if TAIL:
-        keys = gl.arange(0, N, gl.SliceLayout(0, score_layout))
-        value = gl.where((keys < left)[None, :], value, float("-inf"))
-    now = gl.maximum(biggest, (gl.max(value, 1) - FLOAT_BASE) * step)
-    base = FLOAT_BASE * step + (now - LOG2_448)
-    shrink = gl.exp2(biggest - now)
-    even, odd = gl.split(gl.reshape(value, [M, N // 2, 2]))
-    half: gl.constexpr = gl.SliceLayout(1, even.type.layout)
-    half_step = gl.convert_layout(step, half)
-    half_base = gl.convert_layout(base, half)
-    exact = gl.exp2(even * half_step[:, None] - half_base[:, None])
-    line = odd * half_step[:, None] - (half_base - (LINE_BASE - LINE_SHIFT))[:, None]
-    line = gl.maximum(line, LINE_LEAST).to(gl.int32, bitcast=True) * (one << 11)
-    weight = gl.reshape(gl.join(exact, line.to(gl.float32, bitcast=True)), [M, N])
-    weight = gl.convert_layout(weight, score_layout, assert_trivial=True)
-    total = total * shrink + gl.sum(weight, 1)
-    shrink = shrink * (v_before / v_now)
+        padding = (gl.maximum(floor, 0) * scale + base).to(gl.float32, bitcast=True) * (spare.to(gl.float32) * 0.25)
+        part = part - gl.convert_layout(padding, gl.SliceLayout(1, part.type.layout))[:, None]
     p = weight.to(gl.float8e4nv)
     p = gl.reshape(gl.permute(gl.reshape(p, [M, N // 16, 2, 4, 2]), [0, 1, 3, 2, 4]), [M, N])
-    p = gl.convert_layout(p, p_layout, assert_trivial=True)
-    return p, now, total, shrink
+    return p, now, part, _exp2((biggest - now).to(gl.float32) * 0.125)
 
 
 @gluon.jit
 def _consume(
-    group: gl.constexpr, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
+    group: gl.constexpr, given,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
-   
+    SPARSE: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """One warp group: 64 rows of every item of this program."""
+    (
+        listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse, q_mem, k_mem,
+        v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+        out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
+    ) = given  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 4)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-    PER: gl.constexpr = 128 // N
     count = 0
     turn = 0
+    rounds = 0
     no_score = gl.zeros([M, N], gl.int32, score_layout)
     no_out = gl.zeros([M, D], gl.float32, out_layout)
     q = q_mem.index(group)
-    # A one that the compiler cannot see: it keeps the multiply-add, which another pipe than the maximum's carries out.
-    one = 1 + (heads >> 24)
+    p_own = p_mem.index(group)
+    sum_own = sum_mem.index(group)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, low, high = _item(item, whole, splits, row_blocks, key_blocks)
+        tile, low, high = _item(item, listed_count, whole, splits, row_blocks, key_blocks, SPARSE)
         batch_head = tile // row_blocks
         start = (tile % row_blocks) * GROUPS * M + group * M
         at = start + gl.arange(0, M, row_layout)
-        q_step = gl.load(q_scale + batch_head.to(gl.int64) * padded + at, mask=at < padded, other=1.0)
+        q_step = gl.load(q_scale + batch_head.to(gl.int64) * padded + at, mask=at < padded, other=1.0) * 8.0
+        q_inverse = 1.0 / q_step
         k_steps = k_scale + batch_head * (padded // 128)
         v_steps = v_scale + batch_head * (padded // 128)
-        biggest = gl.full([M], float("-inf"), gl.float32, row_layout)
-        total = gl.zeros([M], gl.float32, row_layout)
-        acc = gl.zeros([M, D], gl.float32, out_layout)
-        v_before = 1.0
-        k_now = gl.load(k_steps + low // PER)
-        v_now = gl.load(v_steps + low // PER)
+        block = _block(low, tile, listed, key_blocks, SPARSE)
+        after = _block(gl.minimum(low + 1, high - 1), tile, listed, key_blocks, SPARSE)
+        k_now = gl.load(k_steps + block)
+        v_now = gl.load(v_steps + block)
+        # Steps are asked for one block ahead.
+        k_next = gl.load(k_steps + after)
+        v_next = gl.load(v_steps + after)
+        acc = no_out
+        since = gl.full([M], 1.0, gl.float32, out_rows)
+        sum_own.store(no_out.to(gl.bfloat16))
         mbarrier.wait(q_full.index(group), turn & 1)
         turn += 1  # noqa: SIM113 - a loop of the device
-        for block in range(low, high - 1):
-            slot = count % STAGES
-            phase = (count // STAGES) & 1
-            mbarrier.wait(k_full.index(slot), phase)
-            score = warpgroup_mma(q, k_mem.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
-            k_next = gl.load(k_steps + (block + 1) // PER)
-            v_next = gl.load(v_steps + (block + 1) // PER)
-            score = warpgroup_mma_wait(0, deps=(score,))
-            gl.thread_barrier()
-            mbarrier.arrive(k_empty.index(slot))
-            p, biggest, total, shrink = _weigh(
-                score, q_step, k_now, v_now, v_before, biggest, total, 0, one, M, N, False, score_layout,
-                p_layout,
-            )  # fmt: skip
-            shrink = gl.convert_layout(shrink, out_rows)
-            mbarrier.wait(v_full.index(slot), phase)
-            now = warpgroup_mma(p, v_mem.index(slot).permute((1, 0)), no_out, use_acc=False, is_async=True)
-            now = warpgroup_mma_wait(0, deps=(now,))
-            gl.thread_barrier()
-            mbarrier.arrive(v_empty.index(slot))
-            acc = acc * shrink[:, None] + now
-            v_before = v_now
-            k_now = k_next
-            v_now = v_next
-            count += 1
         slot = count % STAGES
-        phase = (count // STAGES) & 1
-        mbarrier.wait(k_full.index(slot), phase)
+        mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
         score = warpgroup_mma(q, k_mem.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(0, deps=(score,))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(slot))
+        nothing = gl.full([M], -1000000, gl.int32, row_layout)
+        spare = gl.maximum((block + 1) * N - rows, 0)
+        p, biggest, total, _ = _weigh(score, q_step, q_inverse, k_now, nothing, spare, M, N, TAIL)
+        p_own.store(p)
+        for place in range(low + 1, high):
+            block = after
+            k_now = k_next
+            v_here = v_next
+            after = _block(gl.minimum(place + 1, high - 1), tile, listed, key_blocks, SPARSE)
+            fence_async_shared()
+            gl.thread_barrier()
+            slot = count % STAGES
+            following = (count + 1) % STAGES
+            mbarrier.wait(k_full.index(following), ((count + 1) // STAGES) & 1)
+            mbarrier.wait(turns.index(group), (rounds & 1) ^ (1 if group == 0 else 0))
+            rounds += 1
+            score = warpgroup_mma(
+                q, k_mem.index(following).permute((1, 0)), no_score, use_acc=False, is_async=True
+            )  # fmt: skip
+            mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
+            acc = warpgroup_mma(p_own, v_mem.index(slot).permute((1, 0)), acc, is_async=True)
+            mbarrier.arrive(turns.index((group + 1) % GROUPS))
+            k_next = gl.load(k_steps + after)
+            v_next = gl.load(v_steps + after)
+            score = warpgroup_mma_wait(1, deps=(score,))
+            spare = gl.maximum((block + 1) * N - rows, 0)
+            p, biggest, part, shrink = _weigh(score, q_step, q_inverse, k_now, biggest, spare, M, N, TAIL)
+            total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + part
+            # The accumulator is kept in units of V's own step: one product a row instead of one an element.
+            shrink = gl.convert_layout(shrink * (v_now * _inverse(v_here)), out_rows)
+            v_now = v_here
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            gl.thread_barrier()
+            mbarrier.arrive(k_empty.index(following))
+            mbarrier.arrive(v_empty.index(slot))
+            p_own.store(p)
+            acc = acc * shrink[:, None]
+            since = since * shrink
+            if (place - low) % TOGETHER == 0:
+                before = sum_own.load(out_layout).to(gl.float32)
+                sum_own.store((before * since[:, None] + acc).to(gl.bfloat16))
+                acc = no_out
+                since = gl.full([M], 1.0, gl.float32, out_rows)
+            count += 1
         mbarrier.arrive(q_empty.index(group))
-        p, biggest, total, shrink = _weigh(
-            score, q_step, k_now, v_now, v_before, biggest, total, rows - (high - 1) * N, one, M, N, TAIL,
-            score_layout, p_layout,
-        )  # fmt: skip
-        mbarrier.wait(v_full.index(slot), phase)
-        last = warpgroup_mma(p, v_mem.index(slot).permute((1, 0)), no_out, use_acc=False, is_async=True)
-        last = warpgroup_mma_wait(0, deps=(last,))
+        slot = count % STAGES
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
+        acc = warpgroup_mma(p_own, v_mem.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
         gl.thread_barrier()
         mbarrier.arrive(v_empty.index(slot))
         count += 1
-        shrink = gl.convert_layout(shrink, out_rows)
-        scale = gl.convert_layout(v_now / total, out_rows)
-        acc = (acc * shrink[:, None] + last) * scale[:, None]
+        acc = sum_own.load(out_layout).to(gl.float32) * since[:, None] + acc
+        whole_sum = gl.convert_layout(gl.sum(total, 1), row_layout)
+        acc = acc * gl.convert_layout(v_now / whole_sum, out_rows)[:, None]
         cols = gl.arange(0, D, gl.SliceLayout(0, out_layout))
+        acc = acc + gl.load(v_mean + batch_head * D + cols)[None, :]
         if item < whole:
             at_out = start + gl.arange(0, M, out_rows)
-            place = out + (batch_head // heads).to(gl.int64) * out_batch + (batch_head % heads) * out_head
-            place = place + at_out[:, None].to(gl.int64) * out_row + cols[None, :]
-            gl.store(place, acc.to(out.dtype.element_ty), mask=(at_out < rows)[:, None])
+            to = gl.load(order + at_out, mask=at_out < rows, other=0) if ORDER else at_out
+            target = out + (batch_head // heads).to(gl.int64) * out_batch + (batch_head % heads) * out_head
+            target = target + to[:, None].to(gl.int64) * out_row + cols[None, :]
+            gl.store(target, acc.to(out.dtype.element_ty), mask=(at_out < rows)[:, None])
         else:
             first = (item - whole) * GROUPS * M + group * M
             at_cut = first + gl.arange(0, M, out_rows)
             gl.store(cut_out + at_cut[:, None] * D + cols[None, :], acc)
-            gl.store(cut_lse + first + gl.arange(0, M, row_layout), biggest + gl.log2(total))
+            gl.store(
+                cut_lse + first + gl.arange(0, M, row_layout), biggest.to(gl.float32) * 0.125 + gl.log2(whole_sum)
+            )  # fmt: skip
 
 
-@gluon.jit
+# One compilation for every length.
+@gluon.jit(do_not_specialize=["heads", "rows", "row_blocks", "items", "whole", "splits", "key_blocks"])
 def attend(
-    q_desc, k_desc, v_desc, q_scale, k_scale, v_scale, out, cut_out, cut_lse, out_batch, out_head, out_row,
+    q_desc, k_desc, v_desc, listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse,
+    out_batch, out_head, out_row,
     heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, GROUPS: gl.constexpr, SPARSE: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
-    """softmax(q k^T) v in tiles of 3 M rows; as many programs as the GPU has multiprocessors, at most."""
-    GROUPS: gl.constexpr = 3
+    """softmax(q k^T) v in tiles of GROUPS M rows; as many programs as the GPU has multiprocessors, at most.
+
+    SPARSE: GROUPS M rows, 128 of them, share the blocks of keys in `listed` (B H, P / 128, P / 128), `listed_count` of
+    them. ORDER: the row at place i goes to order[i].
+    """
     q_mem = gl.allocate_shared_memory(gl.int8, [GROUPS, M, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(gl.int8, [STAGES, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, N], v_desc.layout)
+    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    p_mem = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, M, N], flat)
+    sum_mem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, M, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(i), count=1)
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -232,26 +326,40 @@ def attend(
     zero: gl.constexpr = 0
     one: gl.constexpr = 1
     two: gl.constexpr = 2
-    gl.warp_specialize(
-        [
-            (_consume, (zero, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
-            (_consume, (one, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
-            (_consume, (two, q_scale, k_scale, v_scale, out, cut_out, cut_lse, q_mem, k_mem, v_mem, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, out_batch, out_head, out_row, heads, rows, padded, row_blocks, items,
-                whole, splits, key_blocks, D, M, N, GROUPS, STAGES, TAIL)),
-            (_fetch, (q_desc, k_desc, v_desc, q_mem, k_mem, v_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                row_blocks, items, whole, splits, key_blocks, padded, D, M, N, GROUPS, STAGES)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, 24],
+    given = (
+        listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse, q_mem, k_mem,
+        v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+        out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     )  # fmt: skip
+    fetched = (
+        q_desc, k_desc, v_desc, listed, listed_count, q_mem, k_mem, v_mem, q_full, q_empty, k_full, k_empty, v_full,
+        v_empty, row_blocks, items, whole, splits, key_blocks, padded,
+    )  # fmt: skip
+    # Constants stand in each call: kept in a variable they would be none any more.
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (zero, given, D, M, N, GROUPS, STAGES, TAIL, SPARSE, ORDER)),
+                (_consume, (one, given, D, M, N, GROUPS, STAGES, TAIL, SPARSE, ORDER)),
+                (_consume, (two, given, D, M, N, GROUPS, STAGES, TAIL, SPARSE, ORDER)),
+                (_fetch, (fetched, D, M, N, GROUPS, STAGES, SPARSE)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (zero, given, D, M, N, GROUPS, STAGES, TAIL, SPARSE, ORDER)),
+                (_consume, (one, given, D, M, N, GROUPS, STAGES, TAIL, SPARSE, ORDER)),
+                (_fetch, (fetched, D, M, N, GROUPS, STAGES, SPARSE)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "row_blocks", "whole", "splits"])
 def join_cut(
     cut_out, cut_lse, out, out_batch, out_head, out_row, heads, rows, row_blocks, whole, splits,
     D: tl.constexpr, TILE: tl.constexpr, R: tl.constexpr,

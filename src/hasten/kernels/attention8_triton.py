@@ -72,7 +72,7 @@ def _step(
 
 @triton.jit
 def attend(
-    q8, q_scale, k8, k_scale, v, v_scale, listed, count, skip_below, order, out,
+    q8, q_scale, k8, k_scale, v, v_scale, v_mean, listed, count, skip_below, order, out,
     v_batch, v_head, v_row, out_batch, out_head, out_row, heads, rows, padded,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, FP8: tl.constexpr, LINES: tl.constexpr, TAIL: tl.constexpr,
     TMA: tl.constexpr, SPARSE: tl.constexpr, SKIP: tl.constexpr, STAGES: tl.constexpr,
@@ -131,6 +131,8 @@ def attend(
                 v_base, v_row, D, M, N, FP8, LINES, True, TMA,
             )  # fmt: skip
     acc *= (v_before / total)[:, None]
+    if FP8:
+        acc += tl.load(v_mean + batch_head * D + cols)[None, :]
     to = tl.load(order + at, mask=at < rows, other=0) if ORDER else at
     place = out + batch * out_batch + head * out_head + to[:, None].to(tl.int64) * out_row + cols[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=(at < rows)[:, None])

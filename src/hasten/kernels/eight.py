@@ -4,7 +4,8 @@ Floor, for B 1, H 24, D 128: q, k, v read once and written in 8 bits, 9 bytes fo
 N = 4608, 30 us at 4.2 TB/s.
 
 K is taken less one constant vector a head (softmax does not see it): its outlying channels are mostly that. Q has a
-step for each row, K one for each 128 rows, V in e4m3 one for each 128 rows.
+step for each row, K one for each 128 rows. V, too, is taken less a constant, which is added to the result (what is left
+cancels, and the tensor cores' few bits are enough), in e4m3 with one step for each 128 rows.
 Source of the scheme: SageAttention 1 and 2 (Zhang et al., 2024); the kernels are our own.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+PARTS = 8  # as eight_triton.py has them
 HEAD_DIMS = (64, 128)
 
 
@@ -46,7 +48,8 @@ class Eight:
     """What `prepare` leaves: int8 q and k (B H, P, D), e4m3 v turned (B H, D, P), P a multiple of 128; float32 steps.
 
     q_scale (B H, P) holds the softmax scale and log2 e; k_scale and v_scale (B H, P / 128).
-    order: see `prepare`; what is attended to comes back in the rows' own order.
+    v_mean (B H, D) was taken off every value and is added to what comes out. order: see `prepare`; what is attended to
+    comes back in the rows' own order.
     """
 
     q: Tensor
@@ -55,6 +58,7 @@ class Eight:
     k_scale: Tensor
     v: Tensor | None
     v_scale: Tensor | None
+    v_mean: Tensor | None
     means: Means | None
     batch: int
     heads: int
@@ -81,13 +85,11 @@ class Means:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, fp8: bool = True, means: bool = False,
     text: tuple[Tensor, Tensor, Tensor] | None = None, norm: Norm | None = None, rope: Rope | None = None,
-    warps: int | None = None, own: bool | None = None,
-    order: Tensor | None = None,
+    warps: int | None = None, order: Tensor | None = None,
 ) -> Eight:  # fmt: skip
     """q, k, v, each (B, H, N, D) with any strides but a dense last one, in 8 bits; `text`'s rows come first.
 
     norm and rope are taken on the way, in float32, where they are given. scale: the softmax's, 1 / sqrt(D) by default.
-    own: whether each block of K takes the constant anew, without a launch before: faster at N = 4608, slower at 16896.
     order (N,) int32: which row is read at each place, all of them once; the text's first, as they are.
     """
     batch, heads, image_rows, dim = q.shape
@@ -98,8 +100,8 @@ def prepare(
     made = functools.partial(torch.empty, device=q.device)
     q8, k8 = made((2, both, padded, dim), dtype=torch.int8).unbind()
     # One allocation for every small table: at short lengths it is the host that decides how long this takes.
-    table = made(both * (dim + padded + 2 * blocks), dtype=torch.float32)
-    mean, q_scale, k_scale, v_scale = table.split([both * n for n in (dim, padded, blocks, blocks)])
+    sizes = [both * n for n in ((1 + PARTS) * dim, dim, padded, blocks, blocks)]
+    mean, v_mean, q_scale, k_scale, v_scale = made(sum(sizes), dtype=torch.float32).split(sizes)
     v8 = made((both, dim, padded), dtype=torch.float8_e4m3fn) if fp8 else None
     found = None
     if means:
@@ -115,22 +117,20 @@ def prepare(
     eps = 0.0 if norm is None else norm.eps
     options: dict[str, Any] = {"D": dim, "NORM": norm is not None, "ROPE": rope is not None, "TEXT": text is not None}
     kernels = _kernels()
-    if own is None:
-        own = norm is None and rope is None and blocks <= 64
-    if not own:
-        kernels.key_mean[(both,)](
-            k, texts[1], gains[1], gains[3], cos, sin, mean, *k.stride()[:3], *texts[1].stride()[:3], *pairs, heads,
-            rows, text_rows, eps, **options, num_warps=8,
-        )  # fmt: skip
+    kernels.centres[(both, 1 + PARTS if fp8 else 1)](
+        k, texts[1], v, texts[2], gains[1], gains[3], cos, sin, mean,
+        *(t.stride(i) for t in (k, texts[1], v, texts[2]) for i in range(3)), *pairs, heads, rows, text_rows, eps,
+        **options, num_warps=8,
+    )  # fmt: skip
     kernels.prepare[(blocks, both, 3 if fp8 else 2)](
-        q, k, v, *texts, *gains, cos, sin, q_scale if order is None else order, mean, q8, q_scale, k8,
+        q, k, v, *texts, *gains, cos, sin, q_scale if order is None else order, mean, v_mean, q8, q_scale, k8,
         k_scale, q8 if v8 is None else v8, v_scale, *small,
         *(t.stride(i) for t in (q, k, v, *texts) for i in range(3)), *pairs, heads, rows, padded, text_rows,
         (dim**-0.5 if scale is None else scale) * math.log2(math.e), eps, **options, FP8=fp8, SPARSE=means,
-        OWN_MEAN=own, ORDER=order is not None, num_warps=warps or (4 if rope is None else 8),
+        ORDER=order is not None, num_warps=warps or (4 if rope is None else 8),
     )  # fmt: skip
     return Eight(
-        q8, q_scale, k8, k_scale, v8, v_scale if fp8 else None, found, batch, heads, rows,
+        q8, q_scale, k8, k_scale, v8, v_scale if fp8 else None, v_mean if fp8 else None, found, batch, heads, rows,
         dim**-0.5 if scale is None else scale, order,
     )  # fmt: skip
 

@@ -11,6 +11,9 @@ import triton.language as tl
 
 # Keys that share one scale; every 8-bit tensor is padded to a multiple of it.
 BLOCK = tl.constexpr(128)
+# Keys' mean is that of 128 from all over the sequence, values' that of 8 times as many: what is left of it adds up
+# over all keys, in tensor cores that keep some 13 bits of a sum.
+PARTS = tl.constexpr(8)
 
 
 @triton.jit
@@ -43,8 +46,8 @@ def _rows(
 
 @triton.jit
 def _rounded(x):
-    """int8, halves away from zero."""
-    return (x + tl.where(x >= 0, 0.5, -0.5)).to(tl.int8)
+    """int8, halves to even: 1.5 * 2^23 more puts the whole number at the low end of a float's bits."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -58,34 +61,44 @@ def _means(value, inside, mean, alike, at, cols, D: tl.constexpr):
 
 
 @triton.jit
-def key_mean(
-    k, text_k, k_weight, text_k_weight, cos, sin, mean, k_batch, k_head, k_row, tk_batch, tk_head, tk_row,
-    cos_stride, cos_pair, heads, rows, text_rows, eps,
+def centres(
+    k, text_k, v, text_v, k_weight, text_k_weight, cos, sin, mean, k_batch, k_head, k_row, tk_batch, tk_head,
+    tk_row, v_batch, v_head, v_row, tv_batch, tv_head, tv_row, cos_stride, cos_pair, heads, rows, text_rows, eps,
     D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """What is taken off every key of a head: the mean of 128 of them from all over it, for softmax does not see it."""
+    """What is taken off every key of a head (axis 1 is 0) and off every value (the mean of all others).
+
+    Softmax does not see a constant on the keys; one on the values is what comes out besides. mean: (B H, 1 + PARTS, D).
+    """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     cols = tl.arange(0, D)
-    here = tl.arange(0, BLOCK)
-    some = (here.to(tl.int64) * rows // BLOCK).to(tl.int32)
-    value = _rows(
-        k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight,
-        cos, sin, some, some < rows, cols, k_row, tk_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE,
-        TEXT,
-    )  # fmt: skip
-    tl.store(mean + batch_head * D + cols, tl.sum(value, 0) / BLOCK)
+    here = tl.arange(0, BLOCK).to(tl.int64)
+    if tl.program_id(1) == 0:
+        some = (here * rows // BLOCK).to(tl.int32)
+        value = _rows(
+            k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight,
+            cos, sin, some, some < rows, cols, k_row, tk_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM,
+            ROPE, TEXT,
+        )  # fmt: skip
+    else:
+        some = ((here * PARTS + tl.program_id(1) - 1) * rows // (BLOCK * PARTS)).to(tl.int32)
+        value = _rows(
+            v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, k_weight, k_weight,
+            cos, sin, some, some < rows, cols, v_row, tv_row, 0, 0, text_rows, eps, D, BLOCK, False, False, TEXT,
+        )  # fmt: skip
+    tl.store(mean + (batch_head * (1 + PARTS) + tl.program_id(1)) * D + cols, tl.sum(value, 0) / BLOCK)
 
 
 @triton.jit
 def prepare(
     q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin,
-    order, mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
+    order, mean, v_mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row, tv_batch, tv_head, tv_row,
     cos_stride, cos_pair, heads, rows, padded, text_rows, scale, eps,
     D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr, FP8: tl.constexpr,
-    SPARSE: tl.constexpr, OWN_MEAN: tl.constexpr, ORDER: tl.constexpr,
+    SPARSE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One block of 128 rows of one head of q (axis 2 is 0), k (1) or v (2), in 8 bits with its scales.
 
@@ -120,15 +133,7 @@ def prepare(
             key, text_key, k_weight, text_k_weight, cos, sin, source, inside, cols, k_row, tk_row, cos_stride, cos_pair,
             text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
         )  # fmt: skip
-        if OWN_MEAN:
-            some = (here.to(tl.int64) * rows // BLOCK).to(tl.int32)
-            others = _rows(
-                key, text_key, k_weight, text_k_weight, cos, sin, some, some < rows, cols, k_row, tk_row, cos_stride,
-                cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
-            )  # fmt: skip
-            centre = tl.sum(others, 0) / BLOCK
-        else:
-            centre = tl.load(mean + batch_head * D + cols)
+        centre = tl.load(mean + batch_head * (1 + PARTS) * D + cols)
         value = tl.where(inside[:, None], value - centre[None, :], 0.0)
         if SPARSE:
             _means(value, inside, k_mean, k_alike, batch_head * (padded // BLOCK) + block, cols, D)
@@ -142,10 +147,15 @@ def prepare(
         at_v = block * BLOCK + shuffled
         inside_v = at_v < rows
         source_v = tl.load(order + at_v, mask=inside_v, other=0) if ORDER else at_v
+        of_v, of_text = v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head
         value = _rows(
-            v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, q_weight, q_weight,
-            cos, sin, source_v, inside_v, cols, v_row, tv_row, 0, 0, text_rows, eps, D, BLOCK, False, False, TEXT,
+            of_v, of_text, q_weight, q_weight, cos, sin, source_v, inside_v, cols, v_row, tv_row, 0, 0, text_rows, eps,
+            D, BLOCK, False, False, TEXT,
         )  # fmt: skip
+        parts = mean + (batch_head * (1 + PARTS) + 1 + tl.arange(0, PARTS))[:, None] * D + cols[None, :]
+        centre = tl.sum(tl.load(parts), 0) / PARTS
+        tl.store(v_mean + batch_head * D + cols, centre, mask=cols < D * (block == 0).to(tl.int32))
+        value = tl.where(inside_v[:, None], value - centre[None, :], 0.0)
         v_step = tl.maximum(tl.max(tl.abs(value)), 1e-6) / 448.0
         turned = tl.trans((value * (1.0 / v_step)).to(tl.float8e4nv))
         tl.store(v8 + (batch_head * D + cols[:, None]) * padded + (block * BLOCK + here)[None, :], turned)
