@@ -514,6 +514,30 @@ def test_outside_a_run_a_bare_model_computes_and_the_report_says_why() -> None:
         assert torch.equal(call(model, inputs, sigma), out)
     assert handle.reports == []
     assert handle.report is not None and "handle.run(sigmas)" in handle.report.line()
+    with handle.run([1.0, 0.5, 0.0]):
+        call(model, inputs, 1.0)
+        assert handle.report.strip == "C"
+    assert handle.report is handle.reports[-1]
+    call(model, inputs, 0.5)  # outside again, and again the latest thing that happened
+    assert "handle.run(sigmas)" in handle.report.line()
+    assert [report.strip for report in handle.reports] == ["C"]
+
+
+def test_a_bare_run_that_does_not_end_at_zero_says_so() -> None:
+    model, inputs = transformer(), model_inputs()
+    handle = hasten.apply(model, CACHES["fbcache"])
+    for sigmas, said in (([1.0, 0.5, 0.0], False), ([1.0, 0.5], True)):
+        with handle.run(sigmas):
+            call(model, inputs, 1.0)
+        assert handle.report is not None
+        assert any("give the last 0 too" in note for note in handle.report.notes) is said
+
+
+def test_a_removed_handle_begins_no_run() -> None:
+    handle = hasten.apply(transformer(), CACHES["fbcache"])
+    handle.remove()
+    with pytest.raises(ValueError, match="was removed"), handle.run([1.0, 0.5, 0.0]):
+        raise AssertionError("the run began")
 
 
 def test_a_handle_may_be_removed_twice_and_ends_its_run() -> None:
@@ -558,6 +582,11 @@ def test_what_is_no_flux_is_refused_in_a_sentence(wrong: str) -> None:
     with pytest.raises(ValueError, match="is expected") as refusal:
         hasten.accelerate(pipe, recipe())
     assert "\n" not in str(refusal.value)
+
+
+def test_a_bare_transformer_is_sent_to_apply() -> None:
+    with pytest.raises(ValueError, match=r"for a bare transformer use hasten\.apply"):
+        hasten.accelerate(transformer(), recipe())
 
 
 def test_schnell_has_no_guidance_and_works() -> None:

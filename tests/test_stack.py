@@ -123,6 +123,12 @@ def test_another_stack_on_top_is_refused_in_one_sentence() -> None:
         hasten.prepare(pipe, recipe())
 
 
+def test_prepare_refuses_a_device_that_is_not_here() -> None:
+    for name in ("cuda:63", "nonsense"):
+        with pytest.raises(ValueError, match=f"there is no device '{name}' here"):
+            hasten.prepare(small(), wanted(quantize=INT8), device=name)
+
+
 def test_fp8_on_a_device_that_lacks_it_is_refused_and_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = small()
     with pytest.raises(ValueError, match=r"8\.9 or newer"), hasten.accelerate(pipe, wanted(quantize={"format": "fp8"})):

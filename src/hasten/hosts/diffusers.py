@@ -60,7 +60,8 @@ class Handle:
         self._sigma: Callable[[], float | None] = lambda: None
         self.about_to_call: Callable[[], None] = lambda: None
         self._call: Call | None = None
-        self._outside: Report | None = None
+        self._outside: Report | None = None  # while a call outside any run is the latest thing that happened
+        self._removed = False
         self._slots: list[Slot] = []
         self._ahead: Ahead | None = None
         if self.plan.ratios and getattr(self.transformer, "is_cache_enabled", False):
@@ -97,21 +98,33 @@ class Handle:
 
     @property
     def report(self) -> Report | None:
-        """The last run's report; before any run, why nothing was reused when the model was called."""
+        """The last run's report; after a call outside any run, the one that says why nothing was reused."""
+        if self._outside is not None:
+            return self._outside
         reports = self.reports
-        return reports[-1] if reports else self._outside
+        return reports[-1] if reports else None
 
     @contextmanager
     def run(self, sigmas: Sequence[float] | Tensor) -> Iterator[Handle]:
         """Calls of the transformer inside belong to one sampling run along `sigmas`, the final one included.
 
         Position is read from the model's timestep argument, which costs a synchronisation when that lies on a GPU.
-        Raises ValueError when the sigmas do not fall.
+        Raises ValueError when the sigmas do not fall, or when the handle was removed.
         """
+        if self._removed:
+            raise ValueError(
+                "this handle was removed, so nothing would be reused: apply the recipe again with "
+                "hasten.apply(transformer, recipe)."
+            )
         self.end()
-        self._session = Session(
-            self.recipe, self.plan, [float(s) for s in sigmas], watch=self.watch, remarks=self.remarks
-        )
+        schedule = [float(s) for s in sigmas]
+        remarks = list(self.remarks)
+        if schedule and schedule[-1] > 0.0:
+            remarks.append(
+                f"the run's sigmas end at {schedule[-1]:.4g}: where the loop goes on to 0, give the last 0 too, "
+                "or its last two steps are taken for one"
+            )
+        self._session = Session(self.recipe, self.plan, schedule, watch=self.watch, remarks=remarks)
         self._begun()
         try:
             yield self
@@ -120,6 +133,7 @@ class Handle:
 
     def remove(self) -> None:
         """Ends a run that is under way and leaves the transformer as it was. Calling it again does nothing."""
+        self._removed = True
         self.end()
         for slot in reversed(self._slots):
             slot.give_back()
@@ -206,6 +220,7 @@ class Handle:
                 slot.take(self.insides.gated_block(slot, gate, lambda: self._call))
 
     def _begun(self) -> None:
+        self._outside = None
         if self.stack is not None:
             self.stack.begin()
         for slot in self._slots:
@@ -332,7 +347,8 @@ class Accelerated:
         for name in ("transformer", "scheduler"):
             if getattr(pipe, name, None) is None:
                 raise ValueError(
-                    f"{type(pipe).__name__} has no {name}: a FLUX or Sana pipeline of diffusers is expected."
+                    f"{type(pipe).__name__} has no {name}: a FLUX or Sana pipeline of diffusers is expected; for a "
+                    "bare transformer use hasten.apply."
                 )
         # Says now what is wrong with the recipe, not in the middle of a picture.
         make_plan(recipe, family_of(_unwrapped(pipe.transformer)).anatomy)
@@ -420,15 +436,27 @@ def prepare(model: Any, recipe: RecipeLike, *, device: torch.device | str | None
     Raises ValueError in one sentence for what this machine cannot do, or when it was done otherwise already.
     """
     wanted = Recipe.load(recipe)
+    if device is not None:
+        device = _reached(device)
     transformer = _unwrapped(getattr(model, "transformer", model))
     family_of(transformer)
     if not wanted.changes_model:
         raise ValueError("the recipe asks for nothing to be done to the model: give it a [compile] or [quantize].")
     beside = modules_beside(model, wanted.compile)
-    at = None if device is None else torch.device(device)
-    stack, _ = stack_for(transformer, wanted, beside=beside, device=at)
+    stack, _ = stack_for(transformer, wanted, beside=beside, device=device)
     assert stack is not None
     return stack
+
+
+def _reached(device: torch.device | str) -> torch.device:
+    """The device, which was tried. Raises ValueError for one that is not here."""
+    try:
+        at = torch.device(device)
+        torch.empty(0, device=at)
+    except (RuntimeError, AssertionError):  # the latter is torch's word for a build without CUDA
+        here = "cuda or cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"there is no device {str(device)!r} here: choose {here}, or leave it out.") from None
+    return at
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
