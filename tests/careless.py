@@ -13,8 +13,10 @@ class Careless:
 
     at_work = False  # a replay launches what was recorded: no Python of the call is run
 
-    def __init__(self, everyone: list[Careless]) -> None:
-        self.all = everyone
+    def __init__(self, everyone: list[Careless], pool: list[Careless] | None = None) -> None:
+        """everyone: takes each that records. pool: those that share memory, all of them if left out."""
+        self.all = everyone if pool is None else pool
+        self.everyone = everyone
         self.results: list[Tensor] = []
         self.released = False
         self.replays = 0
@@ -26,7 +28,9 @@ class Careless:
         self.results = [torch.full_like(t, float("nan")) for t in call(*inputs)]
         # What was released before this one was made may be where its intermediate results lie.
         self.mine = [t for other in self.all if other.released for t in other.results]
-        self.all.append(self)
+        self.everyone.append(self)
+        if self.all is not self.everyone:
+            self.all.append(self)
         return self.results
 
     def release(self) -> None:
@@ -43,6 +47,17 @@ class Careless:
         Careless.at_work = False
         for other in self.all:
             for tensor in other.results:
-                tensor.fill_(float("nan"))
+                if not any(tensor is read for read in self.inputs):  # they were held while this one was recorded
+                    tensor.fill_(float("nan"))
         for result, value in zip(self.results, found, strict=True):
             result.copy_(value)
+
+
+def pools(everyone: list[Careless]) -> Callable[[torch.device], Callable[[], Careless]]:
+    """What Replays take as `make`: recordings of one size share their memory."""
+
+    def make(device: torch.device) -> Callable[[], Careless]:
+        pool: list[Careless] = []
+        return lambda: Careless(everyone, pool)
+
+    return make

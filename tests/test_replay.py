@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from careless import Careless
+from careless import Careless, pools
 from torch import Tensor
 
 from hasten.replay import Replays
@@ -56,7 +56,7 @@ def pair(**settings: Any) -> tuple[Model, Model, list[Careless], list[str]]:
     """A model replayed, the same as it is, the recordings and what was said."""
     everyone: list[Careless] = []
     said: list[str] = []
-    replays = Replays(say=said.append, make=lambda device: lambda: Careless(everyone), **settings)
+    replays = Replays(say=said.append, make=pools(everyone), **settings)
     return Model(replays), Model(None), everyone, said
 
 
@@ -105,6 +105,49 @@ def test_what_a_caller_keeps_is_its_own() -> None:
         ours(*inputs(seed), between=lambda i, image: kept.append(image) or image)
         stock(*inputs(seed), between=lambda i, image: wanted.append(image) or image)
     assert all(torch.equal(a, b) for a, b in zip(kept, wanted, strict=True))
+
+
+def replays(everyone: list[Careless]) -> int:
+    return sum(recording.replays for recording in everyone)
+
+
+def test_results_are_lent_until_somebody_keeps_one() -> None:
+    ours, stock, everyone, _ = pair()
+    for seed in range(3):
+        assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+    assert ours.replays is not None
+    (place,) = ours.replays._places.values()
+    assert place.lends and replays(everyone) == 10
+    kept: list[Tensor] = []
+
+    def keep_a_part(i: int, image: Tensor) -> Tensor:
+        if i == 1:
+            kept.append(image[:, :2])  # a view is as good as the whole
+        return image
+
+    assert torch.equal(ours(*inputs(4), between=keep_a_part), stock(*inputs(4)))
+    assert not place.lends and replays(everyone) == 13  # the third block was the last to be replayed
+    part = kept[0].clone()
+    assert torch.equal(ours(*inputs(5)), stock(*inputs(5)))
+    assert torch.equal(kept[0], part) and replays(everyone) == 13  # launched for as long as it is kept
+    kept.clear()
+    for seed in range(6, 9):
+        assert torch.equal(
+            ours(*inputs(seed), between=lambda i, image: kept.append(image) or image), stock(*inputs(seed))
+        )
+    assert replays(everyone) == 28  # from now on with copies
+
+
+def test_what_was_lent_outlives_its_recordings() -> None:
+    ours, stock, _, _ = pair()
+    for seed in range(3):
+        ours(*inputs(seed))
+    given = inputs(3)
+    lent, wanted = ours.block(0, *given), stock.block(0, *given)
+    assert ours.replays is not None
+    ours.replays.drop()
+    assert torch.equal(ours(*inputs(4)), stock(*inputs(4)))
+    assert all(torch.equal(a, b) for a, b in zip(lent, wanted, strict=True))
 
 
 def test_weights_written_into_are_heard_and_weights_replaced_recorded_anew() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from careless import Careless
+from careless import Careless, pools
 from runs import flux, hastened, paint, recipe
 
 import hasten
@@ -30,10 +30,10 @@ def everyone(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Careless]]:
         patch.setattr(
             Stack,
             "_replays",
-            lambda self, compiled: (
+            lambda self, compiled, *, lends=True: (
                 None
                 if self.compile.cuda_graph == "never" or not (compiled or self.compile.cuda_graph == "always")
-                else Replays(say=self.notes.append, make=lambda device: lambda: Careless(made))
+                else Replays(say=self.notes.append, lends=lends, make=pools(made))
             ),
         )
         yield made

@@ -135,7 +135,10 @@ def test_norm_and_rotation_agree_with_torch(shape: tuple[int, int, int, int], jo
         assert a.shape == (batch, total, heads, width)
         # A rotated number is a difference of two: its error is a step of the larger.
         assert bool(((a.float() - b.float()).abs() <= 2.0**-7 * b.float().abs().amax(-1, keepdim=True) * 2).all())
-    assert torch.equal(found[2], wanted[2])
+    values = rows.values_of(qkv, heads, width, batch, length, joint)
+    text, image = rows.streams_of(qkv, heads * width, batch, length, joint)
+    assert torch.equal(values, torch.cat([text, image], 1)[..., 2 * heads * width :].unflatten(-1, (heads, width)))
+    assert values.data_ptr() == qkv[:, 2 * heads * width :].data_ptr() or (batch > 1 and not joint)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's numpy

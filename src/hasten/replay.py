@@ -5,7 +5,9 @@ next dozen. It knows calls that take tensors and give tensors, neither families 
 on (where the weights lie, which attention) a host hands over as `marks`; other marks, another recording.
 
 Inputs are copied to where the recording reads them, unless they are there already: what one block gave out lies where
-the next one's recording reads. Results are copies of the caller's own: nothing that is kept changes later.
+the next one's recording reads. Results are lent: the memory that the recording wrote, without a copy. Before anything
+is replayed over memory that was lent it is looked up whether anyone still has it (how many tensors share it). While
+anyone does, calls are launched as they are, and from then on results are copies. So nothing that is kept changes later.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class CudaRecording:
         call(*inputs)  # so that nothing is compiled or loaded while launches are taken down
         with taking_down(self._graph, self._device, self._pool):
             self._results = list(call(*inputs))
-        return [_unowned(result) for result in self._results]
+        return [_unowned(result, self._graph) for result in self._results]
 
     def replay(self) -> None:
         """See Recording."""
@@ -78,16 +80,20 @@ class Recorded:
     ) -> None:
         self.recording, self.marks = recording, marks
         self.inputs, self.results, self.counts = inputs, results, counts
+        self.at_rest = {_storage(result): (result, _sharing(_storage(result))) for result in results}
 
 
 class Place:
     """All recordings of one size: where they read, and what is known to lie there."""
 
-    def __init__(self, make: Callable[[], Recording]) -> None:
+    def __init__(self, make: Callable[[], Recording], *, lends: bool = True) -> None:
         self.make = make
         self.met: dict[Hashable, Hashable] = {}
         self.recorded: dict[Hashable, Recorded] = {}
         self.has_room: bool | None = None
+        self.lends = lends
+        # What was lent and, when last looked at, not given back, by its storage; with how many have that at rest.
+        self._lent: dict[int, tuple[Tensor, int]] = {}
         self._own: dict[int, Tensor] = {}
         # By its identity a tensor of ours, whose copy lies there, and at which version. What passes is gone with the
         # next replay.
@@ -120,17 +126,35 @@ class Place:
         self._newest = self.recorded[block] = done
         return done
 
-    def replay(self, done: Recorded, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The recorded call's results for other inputs of the same shapes."""
+    def replay(self, done: Recorded, given: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The recorded call's results for other inputs of the same shapes; None while others keep what was lent."""
+        if self._lent and self._kept(done.inputs, given):
+            self.lends = False
+            return None
         self._bring(done.inputs, given)
         done.recording.replay()
         for place in self._passing:
             self._lies.pop(place, None)
+        self._passing.clear()
+        if self.lends:
+            self._lent |= done.at_rest
+            return tuple(result.detach() for result in done.results)
         out = tuple(result.clone() for result in done.results)
         self._passing = [id(result) for result in done.results]
         for result, own in zip(done.results, out, strict=True):
             self._lies[id(result)] = result, weakref.ref(own), _version(own)
         return out
+
+    def _kept(self, places: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+        """Whether anyone has lent memory that this replay might write over: all of it but where its own inputs lie."""
+        spared = [_storage(tensor) for place, tensor in zip(places, given, strict=True) if _same(place, tensor)]
+        kept = False
+        for storage, (_, at_rest) in list(self._lent.items()):
+            more = _sharing(storage) - at_rest
+            kept = kept or (more > 0 and storage not in spared)
+            if more == 0:
+                del self._lent[storage]
+        return kept
 
     def _own_place(self, position: int, tensor: Tensor) -> Tensor:
         if position not in self._own:
@@ -147,12 +171,16 @@ class Place:
                     self._passing.append(id(place))
 
     def _holds(self, place: Tensor, tensor: Tensor) -> bool:
+        if _same(place, tensor):
+            return True
         found = self._lies.get(id(place))
         return found is not None and found[0] is place and found[1]() is tensor and found[2] == _version(tensor) >= 0
 
 
 class Replays:
     """One model's recordings. say: takes remarks; make: what records, by device.
+
+    lends: whether results are lent as long as nobody keeps one, or copied from the start.
 
     What cannot be recorded (no CUDA, gradients asked for, a failure) is called as it is, the last with a remark.
     """
@@ -162,11 +190,12 @@ class Replays:
         *,
         say: Callable[[str], None],
         sizes: int = SIZES,
+        lends: bool = True,
         make: Callable[[torch.device], Callable[[], Recording]] | None = None,
     ) -> None:
         self.works = True
         self.bytes = 0
-        self._say, self._sizes = say, sizes
+        self._say, self._sizes, self._lends = say, sizes, lends
         self._make = make or _cuda_recordings
         self._on_cuda_alone = make is None
         self._places: dict[Hashable, Place] = {}
@@ -197,11 +226,12 @@ class Replays:
                     done = None
                 else:
                     done = self._recorded(place, block, marks, given, call, {} if counts is None else counts)
-            if done is not None:
+            out = None if done is None else place.replay(done, given)
+            if done is not None and out is not None:
                 if counts is not None:
                     for name, n in done.counts.items():
                         counts[name] = counts.get(name, 0) + n
-                return place.replay(done, given)
+                return out
         return call(*given)
 
     def drop(self) -> None:
@@ -234,7 +264,7 @@ class Replays:
                 if self._on_cuda_alone:
                     torch.cuda.synchronize(device)  # it may be running yet
                 del self._places[next(iter(self._places))]
-            place = Place(self._make(device))
+            place = Place(self._make(device), lends=self._lends)
         self._places[size] = place  # the latest at the end
         return place
 
@@ -276,6 +306,29 @@ def unused_share(device: torch.device) -> float:
     return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / total
 
 
+def _storage(tensor: Tensor) -> int:
+    """The tensor's memory as torch knows it, whichever tensor stands for it."""
+    found: int = tensor.untyped_storage()._cdata
+    return found
+
+
+def _sharing(storage: int) -> int:
+    """How many have it: tensors, views of them, and what keeps it alive for itself."""
+    found: int = torch._C._storage_Use_Count(storage)
+    return found
+
+
+def _same(place: Tensor, tensor: Tensor) -> bool:
+    """Whether the tensor is that very memory, laid out just so."""
+    return (
+        tensor.data_ptr() == place.data_ptr()
+        and tensor.dtype == place.dtype
+        and tensor.shape == place.shape
+        and tensor.stride() == place.stride()
+        and _storage(tensor) == _storage(place)
+    )
+
+
 def _version(tensor: Tensor) -> int:
     """Counts writes into the tensor; -1 where torch does not (inference mode)."""
     return -1 if tensor.is_inference() else tensor._version
@@ -289,7 +342,8 @@ def _cuda_recordings(device: torch.device) -> Callable[[], Recording]:
 class _Address:
     """Memory as libraries hand it to one another. Source: the CUDA array interface, version 3."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, keeper: Any) -> None:
+        self.keeper = keeper  # for as long as anyone has the memory
         self.__cuda_array_interface__ = {
             "shape": (tensor.nbytes,),
             "typestr": "|u1",
@@ -298,9 +352,9 @@ class _Address:
         }
 
 
-def _unowned(tensor: Tensor) -> Tensor:
-    """A tensor's memory under another tensor, which does not keep it allocated: its pool does."""
+def _unowned(tensor: Tensor, keeper: Any) -> Tensor:
+    """A tensor's memory under another tensor, which does not keep it allocated: its pool does, with the keeper."""
     if not tensor.is_contiguous():
         raise RuntimeError("a block gives out a tensor that is not contiguous")
-    seen = torch.as_tensor(_Address(tensor), device=tensor.device)
+    seen = torch.as_tensor(_Address(tensor, keeper), device=tensor.device)
     return seen.view(tensor.dtype).view(tensor.shape)

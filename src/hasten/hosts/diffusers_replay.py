@@ -74,10 +74,12 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
         ):
             return call(*args, **kwargs)
 
+        positional, names = len(args), tuple(kwargs)  # a recording may keep `called`, which must keep no tensors
+
         def called(*found: Tensor) -> Sequence[Tensor]:
             left = iter(found)
-            values = [next(left) if isinstance(value, Tensor) else value for value in given]
-            return (call(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),)
+            values = [next(left) if value is None else value[1] for value in rest]
+            return (call(*values[:positional], **dict(zip(names, values[positional:], strict=True))),)
 
         attention = getattr(block.attn2.processor, "hasten_attention", None)  # type: ignore[union-attr]
         marks: list[Hashable] = [None if attention is None else attention.state]
@@ -85,7 +87,7 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             lie = (*part._parameters.values(), *part._buffers.values())
             marks += [part, *(tensor.data_ptr() for tensor in lie if tensor is not None)]
         used = None if attention is None else attention.used
-        return replays.run((block, len(args), tuple(kwargs), rest), tuple(marks), tensors, called, used)[0]
+        return replays.run((block, positional, names, rest), tuple(marks), tensors, called, used)[0]
 
     return run
 

@@ -74,7 +74,7 @@ class Stack:
         # Apart from the blocks', for each keeps its own few sizes: two prompts' lengths here.
         self.read = self._replays(self.compile.text)
         # Of their own too: what fails or makes room among them leaves the blocks' recordings alone.
-        self._ends = self._replays(self.compile.blocks)
+        self._ends = self._replays(self.compile.blocks, lends=False)
         self._quantised: Quantised | None = None
         self._taken: list[tuple[nn.Module, Any, Any]] = []
         self._compiles = False
@@ -175,12 +175,12 @@ class Stack:
             say=self.notes.append,
         )
 
-    def _replays(self, compiled: bool) -> Replays | None:
-        """Recordings of launches, of fused blocks or of encoders' layers, where they are wanted."""
+    def _replays(self, compiled: bool, *, lends: bool = True) -> Replays | None:
+        """Recordings of launches, of fused blocks or of encoders' layers, where they are wanted; see Replays."""
         wanted = self.compile.cuda_graph
         if not torch.cuda.is_available() or wanted == "never" or (wanted == "auto" and not compiled):
             return None
-        return Replays(say=self.notes.append)
+        return Replays(say=self.notes.append, lends=lends)
 
     def _take_block(self, block: nn.Module) -> bool:
         """Whether the block runs as fused passes from now on; if not, it is at most compiled."""

@@ -130,12 +130,19 @@ def norm_rope(
     """Queries, keys and values (B, S, H, D) of one sequence, queries and keys normed and rotated.
 
     qkv (B * S, at least 3 * H * D): rows joint or apart; norms: RMSNorm weights (D) of text's q and k, image's q and k;
-    rope: cosines and sines (S, D / 2) of neighbouring pairs.
+    rope: cosines and sines (S, D / 2) of neighbouring pairs. Values stay where they lie if they can.
     """
-    out: tuple[Tensor, Tensor, Tensor] = torch.ops.hasten.norm_rope(
-        qkv, *norms, *rope, batch, length, heads, joint, 1e-6
-    )
-    return out
+    q, k = torch.ops.hasten.norm_rope(qkv, *norms, *rope, batch, length, heads, joint, 1e-6)
+    return q, k, values_of(qkv, heads, norms[0].shape[0], batch, length, joint)
+
+
+def values_of(qkv: Tensor, heads: int, width: int, batch: int, length: int, joint: bool) -> Tensor:
+    """The values (B, S, H, D) of such rows: a view, but for several sequences whose streams lie apart."""
+    values = qkv[:, 2 * heads * width : 3 * heads * width]
+    if not joint and batch > 1:
+        values = torch.cat(_streams(values, batch, length, joint=False), 1).flatten(0, 1)
+    found: Tensor = values.unflatten(0, (batch, -1)).unflatten(-1, (heads, width))
+    return found
 
 
 def _power_of_two(n: int) -> int:
@@ -551,9 +558,9 @@ def _norm_rope_shapes(
     heads: int,
     joint: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     shape = (batch, qkv.shape[0] // batch, heads, text_q.shape[0])
-    return qkv.new_empty(shape), qkv.new_empty(shape), qkv.new_empty(shape)
+    return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
 @operation("norm_rope", shapes=_norm_rope_shapes)
@@ -570,7 +577,7 @@ def _norm_rope(
     heads: int,
     joint: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if _use_triton(qkv):
         return norm_rope_by_triton(qkv, (text_q, text_k, image_q, image_k), cos, sin, batch, length, heads, joint, eps)
     return norm_rope_by_torch(qkv, text_q, text_k, image_q, image_k, cos, sin, batch, length, heads, joint, eps)
@@ -589,12 +596,12 @@ def norm_rope_by_torch(
     heads: int,
     joint: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm_rope by torch's own operations."""
+) -> tuple[Tensor, Tensor]:
+    """norm_rope's queries and keys by torch's own operations."""
     total = qkv.shape[0] // batch
     inner = heads * text_q.shape[0]
     text, image = _streams(qkv[:, : 3 * inner], batch, length, joint)
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in torch.cat([text, image], 1).chunk(3, -1))
+    q, k, _ = (t.unflatten(-1, (heads, -1)) for t in torch.cat([text, image], 1).chunk(3, -1))
     is_text = (torch.arange(total, device=qkv.device) < length)[None, :, None, None]
     out = []
     for x, of_text, of_image in ((q, text_q, image_q), (k, text_k, image_k)):
@@ -603,7 +610,7 @@ def norm_rope_by_torch(
         even, odd = x[..., 0::2], x[..., 1::2]
         c, s = cos.float()[None, :, None], sin.float()[None, :, None]
         out.append(torch.stack([even * c - odd * s, odd * c + even * s], -1).flatten(-2).to(qkv.dtype))
-    return out[0], out[1], v.contiguous()
+    return out[0], out[1]
 
 
 def norm_rope_by_triton(
@@ -616,21 +623,21 @@ def norm_rope_by_triton(
     heads: int,
     joint: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm_rope by its kernel; also the interpreter's way in. The heads' width must be a power of two."""
+) -> tuple[Tensor, Tensor]:
+    """norm_rope's queries and keys by its kernel; also the interpreter's way in. The heads' width: a power of two."""
     module = triton_kernels()
     qkv = _dense_last(qkv)
     total, width = qkv.shape[0] // batch, weights[0].shape[0]
-    q, k, v = (qkv.new_empty((batch, total, heads, width)) for _ in range(3))
+    q, k = (qkv.new_empty((batch, total, heads, width)) for _ in range(2))
     if total:
         module.launch(
             module.norm_rope,
-            (total, batch, 3),
-            *(qkv, *weights, cos, sin, q, k, v, length, total - length, batch, heads, qkv.stride(0)),
+            (total, batch, 2),
+            *(qkv, *weights, cos, sin, q, k, length, total - length, batch, heads, qkv.stride(0)),
             *(cos.stride(0), cos.stride(1), sin.stride(0), sin.stride(1), eps),
             JOINT=joint,
             HEADS=_power_of_two(heads),
             HALF=width // 2,
             num_warps=4,
         )
-    return q, k, v
+    return q, k

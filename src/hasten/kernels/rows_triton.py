@@ -196,11 +196,11 @@ def split_row(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def norm_rope(  # type: ignore[no-untyped-def]
-    qkv, text_q, text_k, image_q, image_k, cos, sin, q, k, v,
+    qkv, text_q, text_k, image_q, image_k, cos, sin, q, k,
     length, tokens, batch, heads, qkv_row, cos_row, cos_pair, sin_row, sin_pair, eps,
     JOINT: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token's queries, keys or values: RMSNorm over each head, rotation of neighbouring pairs, joint order."""
+    """One token's queries or keys: RMSNorm over each head, rotation of neighbouring pairs, joint order."""
     position = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
@@ -216,20 +216,17 @@ def norm_rope(  # type: ignore[no-untyped-def]
     at = head * (2 * HALF) + channel
     inner = heads * (2 * HALF)
     given = tl.load(qkv + row * qkv_row + part * inner + at, mask=inside, other=0.0)
-    if part == 2:
-        tl.store(v + (b * total + position) * inner + at, given, mask=inside)
-    else:
-        x = given.to(tl.float32)
-        x *= tl.rsqrt(tl.sum(x * x, 1) / (2 * HALF) + eps)[:, None]
-        weight = tl.where(part == 0, tl.where(is_text, text_q, image_q), tl.where(is_text, text_k, image_k))
-        x *= tl.load(weight + channel).to(tl.float32)
-        pair = tl.arange(0, HALF)
-        c = tl.load(cos + position * cos_row + pair * cos_pair).to(tl.float32)[None, :]
-        s = tl.load(sin + position * sin_row + pair * sin_pair).to(tl.float32)[None, :]
-        even, odd = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
-        turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (HEADS, 2 * HALF))
-        out = tl.where(part == 0, q, k)
-        tl.store(out + (b * total + position) * inner + at, turned.to(q.dtype.element_ty), mask=inside)
+    x = given.to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x, 1) / (2 * HALF) + eps)[:, None]
+    weight = tl.where(part == 0, tl.where(is_text, text_q, image_q), tl.where(is_text, text_k, image_k))
+    x *= tl.load(weight + channel).to(tl.float32)
+    pair = tl.arange(0, HALF)
+    c = tl.load(cos + position * cos_row + pair * cos_pair).to(tl.float32)[None, :]
+    s = tl.load(sin + position * sin_row + pair * sin_pair).to(tl.float32)[None, :]
+    even, odd = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+    turned = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (HEADS, 2 * HALF))
+    out = tl.where(part == 0, q, k)
+    tl.store(out + (b * total + position) * inner + at, turned.to(q.dtype.element_ty), mask=inside)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
