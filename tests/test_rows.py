@@ -107,6 +107,15 @@ def test_gelu_beside_something_agrees_with_torch(
     agree(said(found), said(wanted), dtype, wanted[1] if wanted[1].numel() else None)
 
 
+@pytest.mark.parametrize("parts", [1, 3, 4])
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_gelu_in_parts_and_in_turns_is_the_same(parts: int, programs: int) -> None:
+    hidden, head = noise(5, 100), noise(5, 48, seed=1)
+    wanted = rows.gelu_beside_by_triton(head, hidden, FP8)
+    found = rows.gelu_beside_by_triton(head, hidden, FP8, parts=parts, programs=programs, stages=2)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_is_split_into_its_streams(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:

@@ -237,7 +237,7 @@ class Handle:
         return self._door is not self.transformer or any(slot.compiled for slot in self._slots[:1])
 
     def _gated_model(self, slot: Slot) -> Any:
-        signature = inspect.signature(self.transformer.forward)
+        names = list(inspect.signature(self.transformer.forward).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.about_to_call()
@@ -246,7 +246,7 @@ class Handle:
                 self._session = awaited()
                 self._begun()
             session = self._session
-            given = signature.bind(*args, **kwargs).arguments
+            given = kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs}
             if self.attention is not None:
                 self.attention.leave_out(given.get("encoder_attention_mask"))
             if session is None:

@@ -475,9 +475,13 @@ def gelu_beside_by_triton(
     *,
     warps: int = 0,
     parts: int = 0,
+    programs: int = 0,
+    stages: int = 1,
     fast: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """gelu_beside by its kernel; also the interpreter's way in. warps, parts: 0 for what was fastest on an H200.
+
+    programs: that take the rows in turns, 0 for one each; stages: 2 to have the next row fetched meanwhile.
 
     fast: the GPU's own power and reciprocal, where it has them: left out, on any NVIDIA GPU.
     """
@@ -493,13 +497,14 @@ def gelu_beside_by_triton(
     if count:
         module.launch(
             module.gelu_row,
-            (count,),
-            *(head, hidden, rows, scales, head_width, width, head.stride(0), hidden.stride(0)),
+            (programs or count,),
+            *(head, hidden, rows, scales, count, head_width, width, head.stride(0), hidden.stride(0)),
             BEFORE=before is not None,
             QUANTISES=dtype in LIMITS,
             BLOCK_BEFORE=_power_of_two(max(head_width, 1)),
             BLOCK=block,
             PARTS=parts,
+            STAGES=stages,
             FAST=(hidden.is_cuda and torch.version.cuda is not None) if fast is None else fast,
             num_warps=warps,
         )

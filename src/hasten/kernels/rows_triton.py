@@ -132,52 +132,54 @@ def _store_part(out, first, width, value, factor, BLOCK: tl.constexpr, QUANTISES
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def gelu_row(  # type: ignore[no-untyped-def]
-    before, hidden, out, row_scales, before_width, width, before_row, hidden_row,
+    before, hidden, out, row_scales, count, before_width, width, before_row, hidden_row,
     BEFORE: tl.constexpr, QUANTISES: tl.constexpr, BLOCK_BEFORE: tl.constexpr, BLOCK: tl.constexpr,
-    PARTS: tl.constexpr, FAST: tl.constexpr,
+    PARTS: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row of [before, gelu(hidden)], with one scale for all of it. hidden lies in 1 to 4 parts of BLOCK columns:
-    12288 in one block of a power of two would leave a quarter of the threads without work."""
-    row = tl.program_id(0).to(tl.int64)
-    hidden += row * hidden_row
-    out += row * (before_width + width)
+    """Rows of [before, gelu(hidden)], each with one scale for all of it. hidden lies in 1 to 4 parts of BLOCK columns:
+    12288 in one block of a power of two would leave a quarter of the threads without work. Programs take rows in turns;
+    with 2 STAGES the next row is on its way while one is worked on."""
     COUNTS: tl.constexpr = QUANTISES and out.dtype.element_ty == tl.int8
-    largest = 0.0
-    broken = 0.0
-    value0 = _loaded_gelu(hidden, 0, width, BLOCK, FAST)
-    largest, broken = _largest_and_broken(value0, largest, broken, COUNTS)
-    if PARTS > 1:
-        value1 = _loaded_gelu(hidden, BLOCK, width, BLOCK, FAST)
-        largest, broken = _largest_and_broken(value1, largest, broken, COUNTS)
-    if PARTS > 2:
-        value2 = _loaded_gelu(hidden, 2 * BLOCK, width, BLOCK, FAST)
-        largest, broken = _largest_and_broken(value2, largest, broken, COUNTS)
-    if PARTS > 3:
-        value3 = _loaded_gelu(hidden, 3 * BLOCK, width, BLOCK, FAST)
-        largest, broken = _largest_and_broken(value3, largest, broken, COUNTS)
-    if BEFORE:
-        at = tl.arange(0, BLOCK_BEFORE)
-        head = tl.load(before + row * before_row + at, mask=at < before_width, other=0.0).to(tl.float32)
-        largest, broken = _largest_and_broken(head, largest, broken, COUNTS)
-    factor = 1.0
-    if QUANTISES:
-        if COUNTS:  # an int8 cannot say NaN: the scale says it
-            scale = tl.maximum(largest, SMALLEST) / INT8_MAX
-            tl.store(row_scales + row, tl.where(broken > 0.0, float("nan"), scale))
-        else:
-            scale = tl.maximum(largest, SMALLEST) / FP8_MAX
-            tl.store(row_scales + row, scale)
-        factor = 1.0 / scale
-    if BEFORE:
-        _store_part(out, 0, before_width, head, factor, BLOCK_BEFORE, QUANTISES)
-        out += before_width
-    _store_part(out, 0, width, value0, factor, BLOCK, QUANTISES)
-    if PARTS > 1:
-        _store_part(out, BLOCK, width, value1, factor, BLOCK, QUANTISES)
-    if PARTS > 2:
-        _store_part(out, 2 * BLOCK, width, value2, factor, BLOCK, QUANTISES)
-    if PARTS > 3:
-        _store_part(out, 3 * BLOCK, width, value3, factor, BLOCK, QUANTISES)
+    for turn in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
+        row = tl.full((), turn, tl.int64)  # an int in the interpreter
+        source = hidden + row * hidden_row
+        target = out + row * (before_width + width)
+        largest = 0.0
+        broken = 0.0
+        value0 = _loaded_gelu(source, 0, width, BLOCK, FAST)
+        largest, broken = _largest_and_broken(value0, largest, broken, COUNTS)
+        if PARTS > 1:
+            value1 = _loaded_gelu(source, BLOCK, width, BLOCK, FAST)
+            largest, broken = _largest_and_broken(value1, largest, broken, COUNTS)
+        if PARTS > 2:
+            value2 = _loaded_gelu(source, 2 * BLOCK, width, BLOCK, FAST)
+            largest, broken = _largest_and_broken(value2, largest, broken, COUNTS)
+        if PARTS > 3:
+            value3 = _loaded_gelu(source, 3 * BLOCK, width, BLOCK, FAST)
+            largest, broken = _largest_and_broken(value3, largest, broken, COUNTS)
+        if BEFORE:
+            at = tl.arange(0, BLOCK_BEFORE)
+            head = tl.load(before + row * before_row + at, mask=at < before_width, other=0.0).to(tl.float32)
+            largest, broken = _largest_and_broken(head, largest, broken, COUNTS)
+        factor = 1.0
+        if QUANTISES:
+            if COUNTS:  # an int8 cannot say NaN: the scale says it
+                scale = tl.maximum(largest, SMALLEST) / INT8_MAX
+                tl.store(row_scales + row, tl.where(broken > 0.0, float("nan"), scale))
+            else:
+                scale = tl.maximum(largest, SMALLEST) / FP8_MAX
+                tl.store(row_scales + row, scale)
+            factor = 1.0 / scale
+        if BEFORE:
+            _store_part(target, 0, before_width, head, factor, BLOCK_BEFORE, QUANTISES)
+            target += before_width
+        _store_part(target, 0, width, value0, factor, BLOCK, QUANTISES)
+        if PARTS > 1:
+            _store_part(target, BLOCK, width, value1, factor, BLOCK, QUANTISES)
+        if PARTS > 2:
+            _store_part(target, 2 * BLOCK, width, value2, factor, BLOCK, QUANTISES)
+        if PARTS > 3:
+            _store_part(target, 3 * BLOCK, width, value3, factor, BLOCK, QUANTISES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
