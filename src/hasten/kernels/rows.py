@@ -215,20 +215,18 @@ def _launch_residual_norm(
     shift: int = 0,
     scale: int = 0,
     eps: float = 1e-6,
-    rows: int = 0,
+    programs: int = 0,
+    stages: int = 1,
     warps: int = 8,
 ) -> None:
     module = triton_kernels()
-    # Rows for each program, on an H200 in fp8: 36 us with 1 for 41 with 2 where it norms, 39 for 57 where it adds, and
-    # with 4 64 for 106 where it does both.
-    rows = rows or (4 if out is not None and normed is not None else 1)
     text, image = _dense_last(text), _dense_last(image)
     update = image if update is None else _dense_last(update)
     batch, length, width = text.shape
     tokens = image.shape[1]
     text_out, image_out = out or (text, image)
     values, scales = normed or (image, image)
-    grid = ((length + rows - 1) // rows + (tokens + rows - 1) // rows, batch)
+    grid = (programs or length + tokens, batch)
     if grid[0] * batch == 0:
         return
     module.launch(
@@ -245,8 +243,8 @@ def _launch_residual_norm(
         NORMS=normed is not None,
         QUANTISES=normed is not None and normed[0].dtype in LIMITS,
         JOINT=joint,
-        ROWS=rows,
         BLOCK=_power_of_two(width),
+        STAGES=stages,
         num_warps=warps,
     )
 

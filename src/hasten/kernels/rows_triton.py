@@ -47,46 +47,47 @@ def residual_norm(  # type: ignore[no-untyped-def]
     text_out_batch, image_out_batch, eps,
     GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
     UPDATES: tl.constexpr, NORMS: tl.constexpr, QUANTISES: tl.constexpr, JOINT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x + gate * update, then LayerNorm, * (1 + scale) + shift, the row's scale and the cast; each part optional."""
-    part = tl.program_id(0)
+    """x + gate * update, then LayerNorm, * (1 + scale) + shift, the row's scale and the cast; each part optional.
+
+    Programs take rows in turns, text's first; with 2 STAGES the next row is on its way while one is worked on."""
     b = tl.program_id(1).to(tl.int64)
-    text_parts = tl.cdiv(length, ROWS)
-    is_text = part < text_parts
-    first = tl.where(is_text, part, part - text_parts) * ROWS
-    count = tl.where(is_text, length, tokens)
-    source = tl.where(is_text, text + b * text_batch, image + b * image_batch)
-    source_row = tl.where(is_text, text_row, image_row).to(tl.int64)
-    target = tl.where(is_text, text_out + b * text_out_batch, image_out + b * image_out_batch)
-    mods = tl.where(is_text, text_mods + b * text_mods_batch, image_mods + b * image_mods_batch)
-    if JOINT:  # rows of one sequence, image behind text, batch after batch
-        base = b * (length + tokens) + tl.where(is_text, 0, length)
-    else:  # all text rows, then all image rows
-        base = tl.where(is_text, b * length, batch * length + b * tokens)
+    text += b * text_batch
+    image += b * image_batch
+    text_out += b * text_out_batch
+    image_out += b * image_out_batch
+    text_mods += b * text_mods_batch
+    image_mods += b * image_mods_batch
     column = tl.arange(0, BLOCK)
     inside = column < width
-    if UPDATES:
-        gate = tl.load(mods + GATE * width + column, mask=inside, other=0.0).to(tl.float32)
-    if NORMS:
-        shift = tl.load(mods + SHIFT * width + column, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(mods + SCALE * width + column, mask=inside, other=0.0).to(tl.float32) + 1.0
-    for i in range(ROWS):
-        row = (first + i).to(tl.int64)
-        if row < count:
-            x = tl.load(source + row * source_row + column, mask=inside, other=0.0).to(tl.float32)
-            if UPDATES:
-                y = tl.load(update + (base + row) * update_row + column, mask=inside, other=0.0).to(tl.float32)
-                kept = (x + gate * y).to(text_out.dtype.element_ty)
-                tl.store(target + row * width + column, kept, mask=inside)
-                x = kept.to(tl.float32)
-            if NORMS:
-                mean = tl.sum(x, 0) / width
-                centred = tl.where(inside, x - mean, 0.0)
-                variance = tl.sum(centred * centred, 0) / width
-                values = centred * tl.rsqrt(variance + eps) * scale + shift
-                values = tl.where(inside, values, 0.0)
-                _store_row(normed, row_scales, base + row, values, column, inside, width, QUANTISES)
+    for turn in tl.range(tl.program_id(0), length + tokens, tl.num_programs(0), num_stages=STAGES):
+        place = tl.full((), turn, tl.int64)  # an int in the interpreter
+        is_text = place < length
+        row = tl.where(is_text, place, place - length)
+        source = tl.where(is_text, text + row * text_row, image + row * image_row)
+        mods = tl.where(is_text, text_mods, image_mods)
+        if JOINT:  # rows of one sequence, image behind text, batch after batch
+            at = b * (length + tokens) + place
+        else:  # all text rows, then all image rows
+            at = tl.where(is_text, b * length, batch * length + b * tokens) + row
+        x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+        if UPDATES:
+            y = tl.load(update + at * update_row + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(mods + GATE * width + column, mask=inside, other=0.0).to(tl.float32)
+            kept = (x + gate * y).to(text_out.dtype.element_ty)
+            target = tl.where(is_text, text_out + row * width, image_out + row * width)
+            tl.store(target + column, kept, mask=inside)
+            x = kept.to(tl.float32)
+        if NORMS:
+            shift = tl.load(mods + SHIFT * width + column, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(mods + SCALE * width + column, mask=inside, other=0.0).to(tl.float32) + 1.0
+            mean = tl.sum(x, 0) / width
+            centred = tl.where(inside, x - mean, 0.0)
+            variance = tl.sum(centred * centred, 0) / width
+            values = centred * tl.rsqrt(variance + eps) * scale + shift
+            values = tl.where(inside, values, 0.0)
+            _store_row(normed, row_scales, at, values, column, inside, width, QUANTISES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
