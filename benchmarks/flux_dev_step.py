@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import gc
 import os
 import statistics
@@ -372,7 +373,11 @@ def compile_regional(model: Any) -> Callable[[], int]:
     return unique_graphs()
 
 
-def torchao_fp8(model: Any) -> Callable[[], int]:
+def torchao_fp8(model: Any, *, tuned: bool = False) -> Callable[[], int]:
+    """torchao's row-wise fp8, blocks compiled.
+
+    tuned: with its settings for inductor, which try every kernel's launches out (two minutes) and stay set.
+    """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     from hasten.hosts.diffusers_stack import QUANTISED
@@ -382,7 +387,8 @@ def torchao_fp8(model: Any) -> Callable[[], int]:
         return isinstance(module, torch.nn.Linear) and inside.partition(".")[2].startswith(QUANTISED)
 
     cudnn(model)
-    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=wanted)
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned)
+    quantize_(model, config, filter_fn=wanted)
     model.compile_repeated_blocks(fullgraph=True)
     return unique_graphs()
 
@@ -457,9 +463,9 @@ STACKS: dict[str, Callable[[Any], Callable[[], int]]] = {
     "ours-bf16": ours(),
     "ours-fp8": ours("fp8"),
     "ours-fp8-int8": ours("fp8", attention="int8_fp8"),
+    "torchao-fp8": torchao_fp8,
     "eager": eager,
     "kitchen-int8": kitchen_int8,
-    "torchao-fp8": torchao_fp8,
     "ours-bf16-int8": ours(attention="int8_fp8"),
     "eager-cudnn": eager_cudnn,
     "ours-fp8-unfused": ours("fp8", fuse=False),
@@ -467,6 +473,7 @@ STACKS: dict[str, Callable[[Any], Callable[[], int]]] = {
     "ours-fp8-launched": ours("fp8", graph="never"),
     "ours-fp8-uncompiled": ours("fp8", compiled=False, graph="always"),
     "whole": compile_whole,
+    "torchao-fp8-tuned": functools.partial(torchao_fp8, tuned=True),
 }
 # Measured at every size; the others at the first alone.
 MAIN = ("regional", "ours-bf16", "ours-fp8", "ours-fp8-int8", "eager")

@@ -36,14 +36,17 @@ def said(found: tuple[Tensor, Tensor]) -> Tensor:
     return values.float() * scales if scales.numel() else values.float()
 
 
-def agree(found: Tensor, wanted: Tensor, dtype: torch.dtype, scales: Tensor | None = None) -> None:
-    """Within one step of the dtype; an int8's step is its row's scale."""
+def agree(
+    found: Tensor, wanted: Tensor, dtype: torch.dtype, scales: Tensor | None = None, more: Tensor | float = 0.0
+) -> None:
+    """Within one step of the dtype, and `more`; an int8's step is its row's scale."""
     if dtype == torch.int8:
         assert scales is not None
         slack: Any = scales * 1.01
     else:
         smallest = 2.0**-9 * scales if dtype == FP8 and scales is not None else 1e-6
         slack = STEPS[dtype] * wanted.float().abs() * 1.01 + smallest
+    slack = slack + more
     off = (found.float() - wanted.float()).abs()
     fine = off <= slack
     if dtype == FP8 and not found.is_cuda:
@@ -104,7 +107,10 @@ def test_gelu_beside_something_agrees_with_torch(
     hidden = noise(count, width + 8, size=size)[:, 8:]  # rows that lie apart
     head = None if before is None else noise(count, before, seed=1, size=size)
     found, wanted = rows.gelu_beside_by_triton(head, hidden, dtype), rows.gelu_beside_by_torch(head, hidden, dtype)
-    agree(said(found), said(wanted), dtype, wanted[1] if wanted[1].numel() else None)
+    more: Tensor | float = 0.0
+    if hidden.is_cuda and wanted[1].numel():  # its own tanh is within 2^-11
+        more = torch.nn.functional.pad(hidden.float().abs() / 4096, (0 if head is None else head.shape[1], 0))
+    agree(said(found), said(wanted), dtype, wanted[1] if wanted[1].numel() else None, more)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 4])

@@ -83,7 +83,7 @@ WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
     "gelu": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
         noise(b * n, 256) if joint else None, noise(b * n, 1024), dtype
     ),
-    "gelu by the GPU's own units": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
+    "gelu by the GPU's own tanh": lambda b, t, n, dtype, joint: rows.gelu_beside_by_triton(
         noise(b * n, 256) if joint else None, noise(b * n, 768), dtype, fast=True, programs=2, stages=2
     ),
     "split": lambda b, t, n, dtype, joint: rows.split_streams_by_triton(noise(b, t + n, 256), t, dtype),

@@ -83,16 +83,21 @@ def _attention_rows(
     qkv: Tensor, text_q: Tensor, text_k: Tensor, image_q: Tensor, image_k: Tensor, cos: Tensor, sin: Tensor,
     batch: int, length: int, heads: int, joint: bool, eps: float, number: int,
 ) -> Tensor:  # fmt: skip
-    # Norm and rotation on the way to 8 bits would cost more here: on an H200 at 1024x1024 that pass takes 198 us and 16
-    # for the keys' mean, norm_rope 48 and the pass without them 54.
+    attention = live(number)
+    if attention is not None:
+        text, image = fused_rows.streams_of(qkv, heads * text_q.shape[0], batch, length, joint)
+        of_text, of_image = (
+            [t.unflatten(-1, (3, heads, -1))[:, :, i].transpose(1, 2) for i in range(3)] for t in (text, image)
+        )
+        norm = Norm(image_q, image_k, eps, text_q, text_k)
+        text_parts = of_text[0], of_text[1], of_text[2]
+        streams = Streams(of_image[0], of_image[1], of_image[2], text_parts, norm, Rope(cos, sin))
+        fused = attention.attend_fused(streams)
+        if fused is not None:
+            return fused
     q, k = torch.ops.hasten.norm_rope(qkv, text_q, text_k, image_q, image_k, cos, sin, batch, length, heads, joint, eps)
     v = fused_rows.values_of(qkv, heads, text_q.shape[0], batch, length, joint)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    attention = live(number)
-    if attention is not None:
-        fused = attention.attend_fused(Streams(q, k, v, None, None, None))
-        if fused is not None:
-            return fused
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v) if attention is None else attention.attend(q, k, v)
     return out.to(qkv.dtype).transpose(1, 2).contiguous()
 

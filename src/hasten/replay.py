@@ -6,8 +6,9 @@ on (where the weights lie, which attention) a host hands over as `marks`; other 
 
 Inputs are copied to where the recording reads them, unless they are there already: what one block gave out lies where
 the next one's recording reads. Results are lent: the memory that the recording wrote, without a copy. Before anything
-is replayed over memory that was lent it is looked up whether anyone still has it (how many tensors share it). While
-anyone does, calls are launched as they are, and from then on results are copies. So nothing that is kept changes later.
+is replayed over memory that was lent it is looked up whether anyone still has it (how many tensors share it). If so,
+that memory is left to them, blocks are recorded anew elsewhere, and from then on results are copies. So nothing that is
+kept changes later.
 """
 
 from __future__ import annotations
@@ -129,7 +130,6 @@ class Place:
     def replay(self, done: Recorded, given: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """The recorded call's results for other inputs of the same shapes; None while others keep what was lent."""
         if self._lent and self._kept(done.inputs, given):
-            self.lends = False
             return None
         self._bring(done.inputs, given)
         done.recording.replay()
@@ -217,22 +217,47 @@ class Replays:
             return call(*given)
         with self._lock:
             place = self._place_for(given)
-            done = place.recorded.get(block)
-            if done is None or done.marks != marks:
-                if place.met.get(block) != marks:
-                    place.met[block] = marks
-                    done = None
-                elif not self._has_room(place, given[0].device):
-                    done = None
-                else:
-                    done = self._recorded(place, block, marks, given, call, {} if counts is None else counts)
+            done = self._found(place, block, marks, given, call, counts)
             out = None if done is None else place.replay(done, given)
+            if done is not None and out is None:  # somebody keeps what was lent: that memory is theirs from now on
+                place = self._afresh(place, given[0].device)
+                done = self._found(place, block, marks, given, call, counts)
+                out = None if done is None else place.replay(done, given)
             if done is not None and out is not None:
                 if counts is not None:
                     for name, n in done.counts.items():
                         counts[name] = counts.get(name, 0) + n
                 return out
         return call(*given)
+
+    def _found(
+        self,
+        place: Place,
+        block: Hashable,
+        marks: Hashable,
+        given: Sequence[Tensor],
+        call: Call,
+        counts: dict[str, int] | None,
+    ) -> Recorded | None:
+        """The call's recording, made now where that is due; None where it is to be called as it is."""
+        done = place.recorded.get(block)
+        if done is not None and done.marks == marks:
+            return done
+        if place.met.get(block) != marks:
+            place.met[block] = marks
+            return None
+        if not self._has_room(place, given[0].device):
+            return None
+        return self._recorded(place, block, marks, given, call, {} if counts is None else counts)
+
+    def _afresh(self, place: Place, device: torch.device) -> Place:
+        """Another place for the same size, in memory of its own, whose results are copies."""
+        if self._on_cuda_alone:
+            torch.cuda.synchronize(device)  # it may be running yet
+        size = next(size for size, found in self._places.items() if found is place)
+        new = self._places[size] = Place(self._make(device), lends=False)
+        new.met = dict(place.met)
+        return new
 
     def drop(self) -> None:
         """Forgets every recording and gives its memory back."""

@@ -94,15 +94,16 @@ def residual_norm(  # type: ignore[no-untyped-def]
 def _gelu(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """gelu's tanh form as x * sigmoid(2u). Source: Hendrycks and Gimpel, 2016.
 
-    FAST: by the units' own power and reciprocal, 1e-6 from the other; minus infinity gives NaN there.
+    FAST: x / 2 * (1 + tanh(u)) by the GPU's own tanh, a fifth of the instructions' time: off by at most |x| / 4096, for
+    that tanh is within 2^-11 (PTX ISA); float8's own steps are 2^-4 of a number. Minus infinity gives NaN there.
     """
     if FAST:
-        # exp(-2u) as a power of 2: -2 sqrt(2 / pi) log2(e), and the same times 0.044715.
-        power = tl.exp2(x * (-2.3022081986 - 0.1029432397 * (x * x)))
-        part = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return x * part
+        turned = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * (0.7978845608028654 + 0.0356774081 * (x * x))],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        half = 0.5 * x
+        return half + half * turned
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))  # no infinity: x / e**80 is zero enough
 

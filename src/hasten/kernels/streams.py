@@ -19,14 +19,14 @@ from hasten.kernels.eight import Eight, Norm, Rope, prepare
 class Streams:
     """q, k, v: the image's, (B, H, N, D) with any strides but a dense last one; text: the same of the text, before it.
 
-    norm: RMS norm's weights; rope: the rotation of the whole sequence, text first. None, all three, where it is done.
+    norm: RMS norm's weights; rope: the rotation of the whole sequence, text first.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     text: tuple[Tensor, Tensor, Tensor] | None
-    norm: Norm | None
+    norm: Norm
     rope: Rope | None
 
     @property
@@ -40,8 +40,6 @@ class Streams:
 
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of the whole sequence, normed and rotated by torch, step by step as diffusers does."""
-        if self.norm is None:
-            return self.q, self.k, self.v
         norm, width = self.norm, (self.q.shape[-1],)
         q, k = (
             torch.nn.functional.rms_norm(x, width, weight.to(x.dtype), norm.eps)
