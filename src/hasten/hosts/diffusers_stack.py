@@ -201,7 +201,8 @@ class Stack:
                 lay_channels(beside.decoder, torch.channels_last)
             for part in parts_of(beside.decoder):
                 # Compiled, DC-AE would be a graph for each part and width, for half a minute and more.
-                self._put(part, FusedPart(part)._call_impl if is_plain_part(part) else self._compiled(part))
+                fits = self.compile.fuse != "never" and is_plain_part(part)
+                self._put(part, FusedPart(part)._call_impl if fits else self._compiled(part))
         for encoder in beside.encoders:
             for layer in layers_of(encoder):
                 call = self._compiled(layer)
