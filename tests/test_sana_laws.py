@@ -274,3 +274,15 @@ def test_the_decoder_runs_in_fused_passes_and_is_put_back(shape: tuple[int, int,
     with torch.no_grad():
         stack.undo()
         assert weight.is_contiguous() and same(pipe.vae.decode(latent).sample, stock)
+
+
+def test_every_fused_block_reads_its_tokens_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one too, which gets them channels first: another layout is another rounding; recordings have one."""
+    from hasten.hosts.diffusers_sana_block import FusedSana
+
+    pipe, dense, inner = sana(), [], FusedSana.forward
+    monkeypatch.setattr(
+        FusedSana, "forward", lambda self, *given: dense.append(given[0].is_contiguous()) or inner(self, *given)
+    )
+    hastened(pipe, {"schema": 1, "compile": {"fuse": "always"}}, steps=1)
+    assert dense == [True] * 4

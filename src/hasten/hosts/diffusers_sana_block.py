@@ -6,6 +6,7 @@ attention two; the rest is left to the compiler. Numbers differ from the block's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,21 @@ class FusedSana(nn.Module):
         given = _norm_modulate(hidden_states, mods, 3)
         out: Tensor = hidden_states + gate_ff * _feed_forward(block.ff, given, height, width)
         return out
+
+
+def with_dense_tokens(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`call`, which runs a block, on tokens that lie row by row.
+
+    The first block gets them as the patch embedding's convolution left them, channels first. Products of those are
+    rounded otherwise, and a recording reads its inputs row by row: a first step would differ from the next run's.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            return call(args[0].contiguous(), *args[1:], **kwargs)
+        return call(**{**kwargs, "hidden_states": kwargs["hidden_states"].contiguous()})
+
+    return run
 
 
 def _norm_modulate(hidden: Tensor, mods: Tensor, shift: int) -> Tensor:

@@ -26,7 +26,7 @@ from hasten.hosts.diffusers_beside import (
 from hasten.hosts.diffusers_blocks import fused, lay_layers_apart, lay_layers_together
 from hasten.hosts.diffusers_hooks import hooked
 from hasten.hosts.diffusers_replay import replayed, replayed_end, replayed_sana
-from hasten.hosts.diffusers_sana_block import FusedSana, is_plain
+from hasten.hosts.diffusers_sana_block import FusedSana, is_plain, with_dense_tokens
 from hasten.hosts.diffusers_sana_decoder import FusedPart
 from hasten.hosts.diffusers_sana_decoder import is_plain as is_plain_part
 from hasten.quantize import FORMATS, Quantised, format_for
@@ -212,6 +212,8 @@ class Stack:
 
     def _take(self, module: nn.Module, call: nn.Module, *, compiled: bool = True) -> None:
         ours = self._compiled(call) if compiled else call._call_impl
+        if isinstance(call, FusedSana):
+            ours = with_dense_tokens(ours)
         if self.replays is not None and call is not module:
             ours = (replayed_sana if isinstance(call, FusedSana) else replayed)(module, ours, self.replays)
         if call is not module:
