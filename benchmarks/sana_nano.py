@@ -2,10 +2,11 @@
 
     python benchmarks/sana_nano.py                 # 64 held-out prompts, 256x256, 20 steps, guidance 4.5, float32
     python benchmarks/sana_nano.py --prompts 4     # minutes on two CPU cores; written into .cache, proves little
+    python benchmarks/sana_nano.py --only recipe/  # those rows anew, where the checker has its fonts; the others stay
 
 rewrites results/sana_nano.csv and the README's table. PSNR and SSIM against the uncached picture of the same seed,
 medians over the prompts, on the decoder's output before it is rounded; psnr_plain_db: as many plain Euler steps as were
-computed; checked: the share that the checker of training/ accepts, for the recipes.
+computed; checked: the share that the checker of training/ accepts, for the recipes. Each row names its device.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BATCH = 64  # prompts in one call, and so in one decision
 RECIPES = ("lossless", "balanced", "fast", "turbo")
 
 
-def rows() -> dict[str, Mapping[str, Any] | str]:
+def ways() -> dict[str, Mapping[str, Any] | str]:
     """Each row's recipe."""
     found: dict[str, Mapping[str, Any] | str] = {f"recipe/{name}": name for name in RECIPES}
     for method in ("fbcache", "teacache", "easycache"):
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="the CSV; results/sana_nano.csv for all prompts, else in .cache")
+    parser.add_argument("--only", help="only rows whose names begin so, beside the file's others")
     parser.add_argument("--table", type=Path, help="only rewrite the README's table, from this CSV")
     given = parser.parse_args()
     if given.table:
@@ -96,26 +98,35 @@ def main() -> None:
     whole = given.prompts >= 64
     out = given.out or HERE / ("results" if whole else ".cache") / "sana_nano.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in measure(Studio(given.prompts, given.device), tables.device_name(given.device)):
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-            writer.writerow(row)
-            file.flush()
-            print(f"{row['name']:22} {row['evaluations']:>5} {row['psnr_db']:>7} plain {row['psnr_plain_db']:>7} "
+    rows = {row["name"]: row for row in kept(out)} if given.only else {}
+    for row in measure(Studio(given.prompts, given.device), tables.device_name(given.device), given.only or ""):
+        rows[row["name"]] = row
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(rows.values())
+        print(f"{row['name']:22} {row['evaluations']:>5} {row['psnr_db']:>7} plain {row['psnr_plain_db']:>7} "
                   f"ssim {row['ssim']} checked {row['checked']}", flush=True)  # fmt: skip
     if whole and given.out is None:
         write_table(out)
 
 
-def measure(studio: Studio, device: str) -> Iterator[dict[str, Any]]:
+def kept(file: Path) -> list[dict[str, Any]]:
+    """The file's rows, if there is one."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def measure(studio: Studio, device: str, only: str) -> Iterator[dict[str, Any]]:
     """A row for each way of drawing."""
     uncached = studio.draw()
     plain: dict[int, float] = {STEPS: float("inf")}
     yield line("uncached", STEPS, uncached, uncached, float("inf"), studio, device)
-    for name, recipe in rows().items():
+    for name, recipe in ways().items():
+        if not name.startswith(only):
+            continue
         with hasten.accelerate(studio.pipe, recipe) as run:
             pictures = studio.draw()
         computed = sum(report.computed for report in run.reports) / len(run.reports)
@@ -141,8 +152,7 @@ def line(
 
 def write_table(file: Path) -> None:
     """The recipes' part of the README."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        found = {row["name"]: row for row in csv.DictReader(lines)}
+    found = {row["name"]: row for row in kept(file)}
     head = ["recipe", "computed, of 20", "PSNR, dB", "as many plain steps, dB", "SSIM", "right by the checker"]
     body = []
     for name in ("uncached", *(f"recipe/{name}" for name in RECIPES)):
