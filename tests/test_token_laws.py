@@ -104,6 +104,18 @@ def test_in_part_nothing_runs_but_modulation_and_the_chosen_tokens_mlp() -> None
 
 
 @pytest.mark.parametrize("name", INSIDE)
+def test_what_modules_gave_out_in_part_outlives_no_block(name: str) -> None:
+    handle = hasten.apply(transformer(), {**INSIDE[name], "tokens": {**INSIDE[name]["tokens"], "full_first": 0}})
+    inputs = model_inputs()
+    with handle.run([1.0, 0.75, 0.5, 0.25, 0.0]):
+        for sigma in (1.0, 0.75):
+            call(handle.transformer, inputs, sigma)
+            taps = [vars(module).get("hasten_tap") for module in handle.transformer.modules()]
+            assert any(taps) and all(tap.given is None and tap.out is None for tap in taps if tap is not None)
+    assert handle.reports[-1].strip == "CP"
+
+
+@pytest.mark.parametrize("name", INSIDE)
 def test_run_cancel_run_equals_a_first_run_and_stock_after_it(name: str) -> None:
     first, report = hastened(flux(), INSIDE[name])
     pipe = flux()

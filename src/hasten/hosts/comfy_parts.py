@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.parts import Modulation, Parts, Seen
-from hasten.taps import heard
+from hasten.taps import empty, heard
 from hasten.tokens import attention_score, value_norm
 
 
@@ -60,6 +60,7 @@ class DoubleTrack:
     def refresh(self, rows: Tensor, attention: Tensor | None) -> Tensor:
         """The MLP's output for those rows."""
         out: Tensor = self.mlp(rows)
+        empty((self.mlp,))
         return out
 
 
@@ -83,6 +84,7 @@ class SingleTrack:
         block = self.block
         hidden = block.mlp_act(mlp_half(block.linear1, rows, 3 * block.hidden_size))
         out: Tensor = block.linear2(torch.cat((attention, hidden), 2))
+        empty((block.linear2,))
         return out
 
 

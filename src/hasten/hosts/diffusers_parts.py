@@ -71,6 +71,7 @@ class DoubleTrack:
     def refresh(self, rows: Tensor, attention: Tensor | None) -> Tensor:
         """The MLP's output for those rows."""
         out: Tensor = self.mlp(rows)
+        empty((self.mlp,))
         return out
 
 
@@ -94,6 +95,7 @@ class SingleTrack:
         assert attention is not None
         hidden = self.block.act_mlp(self.block.proj_mlp(rows))
         out: Tensor = self.block.proj_out(torch.cat([attention, hidden], dim=2))
+        empty((self.block.proj_out,))
         return out
 
 
