@@ -90,17 +90,18 @@ def norm_rotation_and_two_streams_are_taken_on_the_way(device: str) -> None:
     gains = [noise(device, 64, seed=i) * 0.1 + 1.0 for i in range(4)]
     turn = noise(device, 200, 32, seed=5).float()
     cos, sin = turn.cos(), turn.sin()
+    twice = Rope(cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1))
+    for length, rope in ((50, Rope(cos, sin)), (BLOCK, twice)):  # a block with text and image, and one of text alone
 
-    def normed(x: Tensor, image: Tensor, text: Tensor) -> Tensor:
-        x = x.float()
-        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
-        x = torch.cat((x[:, :, :50] * text.float(), x[:, :, 50:] * image.float()), 2)
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+        def normed(x: Tensor, image: Tensor, text: Tensor, length: int = length) -> Tensor:
+            x = x.float()
+            x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+            x = torch.cat((x[:, :, :length] * text.float(), x[:, :, length:] * image.float()), 2)
+            even, odd = x[..., 0::2], x[..., 1::2]
+            return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
 
-    exact = exactly(normed(q, gains[0], gains[2]), normed(k, gains[1], gains[3]), v)
-    text, image = ([t[:, :, part] for t in (q, k, v)] for part in (slice(0, 50), slice(50, None)))
-    for rope in (Rope(cos, sin), Rope(cos.repeat_interleave(2, 1), sin.repeat_interleave(2, 1))):
+        exact = exactly(normed(q, gains[0], gains[2]), normed(k, gains[1], gains[3]), v)
+        text, image = ([t[:, :, part].clone() for t in (q, k, v)] for part in (slice(0, length), slice(length, None)))
         eight = prepare(
             *image, text=(text[0], text[1], text[2]), norm=Norm(gains[0], gains[1], 1e-6, gains[2], gains[3]), rope=rope
         )

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-PARTS = 8  # as eight_triton.py has them
 HEAD_DIMS = (64, 128)
 
 
@@ -85,7 +84,7 @@ class Means:
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, fp8: bool = True, means: bool = False,
     text: tuple[Tensor, Tensor, Tensor] | None = None, norm: Norm | None = None, rope: Rope | None = None,
-    warps: int | None = None, order: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Eight:  # fmt: skip
     """q, k, v, each (B, H, N, D) with any strides but a dense last one, in 8 bits; `text`'s rows come first.
 
@@ -100,8 +99,9 @@ def prepare(
     made = functools.partial(torch.empty, device=q.device)
     q8, k8 = made((2, both, padded, dim), dtype=torch.int8).unbind()
     # One allocation for every small table: at short lengths it is the host that decides how long this takes.
-    sizes = [both * n for n in ((1 + PARTS) * dim, dim, padded, blocks, blocks)]
-    mean, v_mean, q_scale, k_scale, v_scale = made(sum(sizes), dtype=torch.float32).split(sizes)
+    sizes = [0 if rope is None else padded * dim // 2]
+    sizes += [both * n for n in (dim, dim, padded, blocks, blocks)]
+    turns, mean, v_mean, q_scale, k_scale, v_scale = made(sum(sizes), dtype=torch.float32).split(sizes)
     v8 = made((both, dim, padded), dtype=torch.float8_e4m3fn) if fp8 else None
     found = None
     if means:
@@ -115,19 +115,24 @@ def prepare(
     assert cos.stride() == sin.stride()
     pairs = (0, 1) if rope is None else (cos.stride(0), cos.stride(1) * (1 if cos.shape[-1] * 2 == dim else 2))
     eps = 0.0 if norm is None else norm.eps
-    options: dict[str, Any] = {"D": dim, "NORM": norm is not None, "ROPE": rope is not None, "TEXT": text is not None}
+    options: dict[str, Any] = {"D": dim, "NORM": norm is not None, "ROPE": rope is not None}
+    split = 2 if text_rows % BLOCK or order is not None else 1  # 1: no block of rows has both text and image
     kernels = _kernels()
-    kernels.centres[(both, 1 + PARTS if fp8 else 1)](
-        k, texts[1], v, texts[2], gains[1], gains[3], cos, sin, mean,
-        *(t.stride(i) for t in (k, texts[1], v, texts[2]) for i in range(3)), *pairs, heads, rows, text_rows, eps,
-        **options, num_warps=8,
+    constants = both * (2 if fp8 else 1)
+    kernels.first[(constants + (0 if rope is None else blocks),)](
+        k, texts[1], v, texts[2], gains[1], gains[3], cos, sin, mean, v_mean, turns.view(torch.float16),
+        *(t.stride(i) for t in (k, texts[1], v, texts[2]) for i in range(3)), *pairs, heads, both, constants,
+        rows, padded, text_rows, eps, **options, TEXT=0 if text is None else 2, num_warps=8,
     )  # fmt: skip
-    kernels.prepare[(blocks, both, 3 if fp8 else 2)](
-        q, k, v, *texts, *gains, cos, sin, q_scale if order is None else order, mean, v_mean, q8, q_scale, k8,
-        k_scale, q8 if v8 is None else v8, v_scale, *small,
-        *(t.stride(i) for t in (q, k, v, *texts) for i in range(3)), *pairs, heads, rows, padded, text_rows,
-        (dim**-0.5 if scale is None else scale) * math.log2(math.e), eps, **options, FP8=fp8, SPARSE=means,
-        ORDER=order is not None, num_warps=warps or (4 if rope is None else 8),
+    # Measured on an H200: 8 warps have room for what a rotation holds, and two blocks are at work at once; 4 are faster
+    # where there is less to hold, and where sums over the rows of a block go through all warps.
+    warps = 4 if rope is None or means else 8
+    kernels.prepare[(heads, batch * (3 if fp8 else 2), blocks)](
+        q, k, v, *texts, *gains, turns.view(torch.float16), q_scale if order is None else order, mean, v_mean, q8,
+        q_scale, k8, k_scale, q8 if v8 is None else v8, v_scale, *small,
+        *(t.stride(i) for t in (q, k, v, *texts) for i in range(3)), heads, rows, padded, text_rows,
+        (dim**-0.5 if scale is None else scale) * math.log2(math.e), eps, **options,
+        TEXT=0 if text is None else split, FP8=fp8, SPARSE=means, ORDER=order is not None, num_warps=warps,
     )  # fmt: skip
     return Eight(
         q8, q_scale, k8, k_scale, v8, v_scale if fp8 else None, v_mean if fp8 else None, found, batch, heads, rows,

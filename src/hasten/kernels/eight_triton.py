@@ -11,37 +11,63 @@ import triton.language as tl
 
 # Keys that share one scale; every 8-bit tensor is padded to a multiple of it.
 BLOCK = tl.constexpr(128)
-# Keys' mean is that of 128 from all over the sequence, values' that of 8 times as many: what is left of it adds up
-# over all keys, in tensor cores that keep some 13 bits of a sum.
+# Keys' mean is that of SOME from all over the sequence: what is left of an outlying channel's constant is a fraction of
+# its noise. Values' is that of PARTS times 128: what is left of it adds up over all keys, in tensor cores that keep
+# some 13 bits of a sum.
+SOME = tl.constexpr(32)
 PARTS = tl.constexpr(8)
 
 
 @triton.jit
 def _rows(
-    x, text, weight, text_weight, cos, sin, rows, inside, cols, row_stride, text_row_stride, cos_stride, cos_pair,
-    text_rows, eps,
-    D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr,
+    x, text, weight, text_weight, start, rows, inside, cols, row_stride, text_row_stride, text_rows, eps,
+    D: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q or k in float32, (R, D): normed and rotated where that is asked for; zero outside."""
-    place = x + (rows - text_rows)[:, None].to(tl.int64) * row_stride + cols[None, :]
-    if TEXT:
+    """Rows of q, k or v, (R, D), and what each is still to be multiplied by, (R,), both float32; zero outside.
+
+    NORM: times their weights. TEXT: 0 where there is none, 1 where row `start` says it for all of them, or 2.
+    """
+    x -= tl.cast(text_rows, tl.int64) * row_stride
+    if TEXT == 1:
+        of_text = start < text_rows
+        x = tl.where(of_text, text, x)
+        weight = tl.where(of_text, text_weight, weight)
+        row_stride = tl.where(of_text, text_row_stride, row_stride)
+    place = x + rows.to(tl.int64) * row_stride
+    if TEXT == 2:
         of_text = rows < text_rows
-        place = tl.where(of_text[:, None], text + rows[:, None].to(tl.int64) * text_row_stride + cols[None, :], place)
-    value = tl.load(place, mask=inside[:, None], other=0.0).to(tl.float32)
+        place = tl.where(of_text, text + rows.to(tl.int64) * text_row_stride, place)
+    value = tl.load(place[:, None] + cols[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    factor = tl.full((R,), 1.0, tl.float32)
     if NORM:
-        value *= tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+        factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
         gain = tl.load(weight + cols).to(tl.float32)[None, :]
-        if TEXT:
+        if TEXT == 2:
             gain = tl.where(of_text[:, None], tl.load(text_weight + cols).to(tl.float32)[None, :], gain)
         value *= gain
-    if ROPE:
-        pairs = tl.arange(0, D // 2)
-        at = rows[:, None].to(tl.int64) * cos_stride + pairs[None, :] * cos_pair
-        c = tl.load(cos + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        s = tl.load(sin + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(value, (R, D // 2, 2)))
-        value = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (R, D))
-    return value
+    return value, factor
+
+
+@triton.jit
+def _turned(value, c, s, D: tl.constexpr, R: tl.constexpr):
+    """Neighbouring channels of (R, D) turned by their angle, whose cosine and sine are (R, D / 2)."""
+    c, s = c.to(tl.float32), s.to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, (R, D // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (R, D))
+
+
+@triton.jit
+def _turns(turns, rows, padded, D: tl.constexpr):
+    """Cosines and sines of rows from the table that `first` made."""
+    at = rows[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+    return tl.load(turns + at), tl.load(turns + padded * (D // 2) + at)
+
+
+@triton.jit
+def _cos_sin(cos, sin, rows, inside, cos_stride, cos_pair, D: tl.constexpr):
+    at = rows[:, None].to(tl.int64) * cos_stride + tl.arange(0, D // 2)[None, :] * cos_pair
+    c = tl.load(cos + at, mask=inside[:, None], other=0.0)
+    return c, tl.load(sin + at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -61,102 +87,120 @@ def _means(value, inside, mean, alike, at, cols, D: tl.constexpr):
 
 
 @triton.jit
-def centres(
-    k, text_k, v, text_v, k_weight, text_k_weight, cos, sin, mean, k_batch, k_head, k_row, tk_batch, tk_head,
-    tk_row, v_batch, v_head, v_row, tv_batch, tv_head, tv_row, cos_stride, cos_pair, heads, rows, text_rows, eps,
-    D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr,
+def first(
+    k, text_k, v, text_v, k_weight, text_k_weight, cos, sin, mean, v_mean, turns, k_batch, k_head, k_row, tk_batch,
+    tk_head, tk_row, v_batch, v_head, v_row, tv_batch, tv_head, tv_row, cos_stride, cos_pair, heads, both, constants,
+    rows, padded, text_rows, eps, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """What is taken off every key of a head (axis 1 is 0) and off every value (the mean of all others).
+    """What `prepare` needs of the whole: the constants, one for each of the first `constants` programs, and the turns.
 
-    Softmax does not see a constant on the keys; one on the values is what comes out besides. mean: (B H, 1 + PARTS, D).
+    A constant is taken off every key of a head and (from program `both` on) off every value, a mean of rows from all
+    over it. Softmax does not see one on the keys; one on the values is what comes out besides.
+    The turns are cosines and sines in float16, (2, padded, D / 2), 128 rows a program. Every head reads them anew: in
+    float32, each twice, they would be four times the bytes of q and k; 2^-12 off is nothing beside int8's steps.
     """
-    batch_head = tl.program_id(0).to(tl.int64)
-    batch, head = batch_head // heads, batch_head % heads
+    program = tl.program_id(0)
+    batch, head = (program % both // heads).to(tl.int64), (program % both % heads).to(tl.int64)
     cols = tl.arange(0, D)
-    here = tl.arange(0, BLOCK).to(tl.int64)
-    if tl.program_id(1) == 0:
-        some = (here * rows // BLOCK).to(tl.int32)
-        value = _rows(
-            k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight,
-            cos, sin, some, some < rows, cols, k_row, tk_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM,
-            ROPE, TEXT,
+    if program < both:
+        at = (tl.arange(0, SOME).to(tl.int64) * rows // SOME).to(tl.int32)
+        value, factor = _rows(
+            k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight, 0,
+            at, at < rows, cols, k_row, tk_row, text_rows, eps, D, SOME, NORM, TEXT,
         )  # fmt: skip
-    else:
-        some = ((here * PARTS + tl.program_id(1) - 1) * rows // (BLOCK * PARTS)).to(tl.int32)
-        value = _rows(
-            v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, k_weight, k_weight,
-            cos, sin, some, some < rows, cols, v_row, tv_row, 0, 0, text_rows, eps, D, BLOCK, False, False, TEXT,
-        )  # fmt: skip
-    tl.store(mean + (batch_head * (1 + PARTS) + tl.program_id(1)) * D + cols, tl.sum(value, 0) / BLOCK)
+        if ROPE:
+            c, s = _cos_sin(cos, sin, at, at < rows, cos_stride, cos_pair, D)
+            value = _turned(value, c, s, D, SOME)
+        tl.store(mean + program * D + cols, tl.sum(value * factor[:, None], 0) / SOME)
+    elif program < constants:
+        total = tl.zeros((BLOCK, D), tl.float32)
+        for part in tl.static_range(PARTS):
+            there = ((tl.arange(0, BLOCK).to(tl.int64) * PARTS + part) * rows // (BLOCK * PARTS)).to(tl.int32)
+            found, _ = _rows(
+                v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, k_weight, k_weight, 0,
+                there, there < rows, cols, v_row, tv_row, text_rows, eps, D, BLOCK, False, TEXT,
+            )  # fmt: skip
+            total += found
+        tl.store(v_mean + (program - both) * D + cols, tl.sum(total, 0) / (BLOCK * PARTS))
+    elif ROPE:
+        row = (program - constants) * BLOCK + tl.arange(0, BLOCK)
+        c_row, s_row = _cos_sin(cos, sin, row, row < rows, cos_stride, cos_pair, D)
+        to = row[:, None] * (D // 2) + tl.arange(0, D // 2)[None, :]
+        tl.store(turns + to, c_row.to(tl.float16))
+        tl.store(turns + padded * (D // 2) + to, s_row.to(tl.float16))
 
 
 @triton.jit
 def prepare(
-    q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, cos, sin,
+    q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, turns,
     order, mean, v_mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row, tv_batch, tv_head, tv_row,
-    cos_stride, cos_pair, heads, rows, padded, text_rows, scale, eps,
+    heads, rows, padded, text_rows, scale, eps,
     D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr, FP8: tl.constexpr,
     SPARSE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One block of 128 rows of one head of q (axis 2 is 0), k (1) or v (2), in 8 bits with its scales.
+    """One block of 128 rows of one head of q, k or v, in 8 bits with its scales.
 
+    Heads lie side by side in memory, so they come first: blocks that run at once read whole rows.
+    Rows of q take their norm's factor as they become whole numbers, so rotation does not wait for the norm.
     ORDER: place i holds the row order[i] (rows,) int32.
     """
-    block = tl.program_id(0)
-    batch_head = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(2)
-    batch, head = batch_head // heads, batch_head % heads
+    head = tl.program_id(0).to(tl.int64)
+    KINDS: tl.constexpr = 3 if FP8 else 2
+    which = tl.program_id(1) % KINDS
+    batch = (tl.program_id(1) // KINDS).to(tl.int64)
+    block = tl.program_id(2)
+    batch_head = batch * heads + head
     cols = tl.arange(0, D)
     here = tl.arange(0, BLOCK)
-    at = block * BLOCK + here
+    start = block * BLOCK
+    at = start + here
     inside = at < rows
     source = tl.load(order + at, mask=inside, other=0) if ORDER else at
+    out = (batch_head * padded + start) * D + here[:, None] * D + cols[None, :]
     if which == 0:
-        value = _rows(
+        value, factor = _rows(
             q + batch * q_batch + head * q_head, text_q + batch * tq_batch + head * tq_head, q_weight, text_q_weight,
-            cos, sin, source, inside, cols, q_row, tq_row, cos_stride, cos_pair, text_rows, eps, D, BLOCK, NORM, ROPE,
-            TEXT,
+            start, source, inside, cols, q_row, tq_row, text_rows, eps, D, BLOCK, NORM, TEXT,
         )  # fmt: skip
+        if ROPE:
+            c, s = _turns(turns, source, padded, D)
+            value = _turned(value, c, s, D, BLOCK)
         if SPARSE:
-            _means(value, inside, q_mean, q_alike, batch_head * (padded // BLOCK) + block, cols, D)
-        q_step = tl.maximum(tl.max(tl.abs(value), 1), 1e-12) / 127.0
-        tl.store(
-            q8 + (batch_head * padded + at)[:, None] * D + cols[None, :], _rounded(value * (1.0 / q_step)[:, None])
-        )
+            _means(value * factor[:, None], inside, q_mean, q_alike, batch_head * (padded // BLOCK) + block, cols, D)
+        q_step = tl.maximum(tl.max(tl.abs(value), 1) * factor, 1e-12) / 127.0
+        tl.store(q8 + out, _rounded(value * (factor / q_step)[:, None]))
         tl.store(q_scale + batch_head * padded + at, q_step * scale)
     elif which == 1:
-        key = k + batch * k_batch + head * k_head
-        text_key = text_k + batch * tk_batch + head * tk_head
-        value = _rows(
-            key, text_key, k_weight, text_k_weight, cos, sin, source, inside, cols, k_row, tk_row, cos_stride, cos_pair,
-            text_rows, eps, D, BLOCK, NORM, ROPE, TEXT,
+        value, factor = _rows(
+            k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight,
+            start, source, inside, cols, k_row, tk_row, text_rows, eps, D, BLOCK, NORM, TEXT,
         )  # fmt: skip
-        centre = tl.load(mean + batch_head * (1 + PARTS) * D + cols)
-        value = tl.where(inside[:, None], value - centre[None, :], 0.0)
+        if ROPE:
+            c, s = _turns(turns, source, padded, D)
+            value = _turned(value, c, s, D, BLOCK)
+        centre = tl.load(mean + batch_head * D + cols)
+        value = value * factor[:, None] - centre[None, :] * inside.to(tl.float32)[:, None]
         if SPARSE:
             _means(value, inside, k_mean, k_alike, batch_head * (padded // BLOCK) + block, cols, D)
         k_step = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 127.0
-        tl.store(k8 + (batch_head * padded + at)[:, None] * D + cols[None, :], _rounded(value * (1.0 / k_step)))
+        tl.store(k8 + out, _rounded(value * (1.0 / k_step)))
         tl.store(k_scale + batch_head * (padded // BLOCK) + block, k_step)
     elif FP8:
         # Within 16 keys in the order 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15: so the accumulators of Q K^T are, thread
         # for thread, what the tensor cores want as the left side of P V.
         shuffled = here // 16 * 16 + here % 4 // 2 * 8 + here % 16 // 4 * 2 + here % 2
-        at_v = block * BLOCK + shuffled
+        at_v = start + shuffled
         inside_v = at_v < rows
         source_v = tl.load(order + at_v, mask=inside_v, other=0) if ORDER else at_v
-        of_v, of_text = v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head
-        value = _rows(
-            of_v, of_text, q_weight, q_weight, cos, sin, source_v, inside_v, cols, v_row, tv_row, 0, 0, text_rows, eps,
-            D, BLOCK, False, False, TEXT,
+        value, _ = _rows(
+            v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, q_weight, q_weight,
+            start, source_v, inside_v, cols, v_row, tv_row, text_rows, eps, D, BLOCK, False, TEXT,
         )  # fmt: skip
-        parts = mean + (batch_head * (1 + PARTS) + 1 + tl.arange(0, PARTS))[:, None] * D + cols[None, :]
-        centre = tl.sum(tl.load(parts), 0) / PARTS
-        tl.store(v_mean + batch_head * D + cols, centre, mask=cols < D * (block == 0).to(tl.int32))
-        value = tl.where(inside_v[:, None], value - centre[None, :], 0.0)
+        centre = tl.load(v_mean + batch_head * D + cols)
+        value -= centre[None, :] * inside_v.to(tl.float32)[:, None]
         v_step = tl.maximum(tl.max(tl.abs(value)), 1e-6) / 448.0
         turned = tl.trans((value * (1.0 / v_step)).to(tl.float8e4nv))
-        tl.store(v8 + (batch_head * D + cols[:, None]) * padded + (block * BLOCK + here)[None, :], turned)
+        tl.store(v8 + batch_head * D * padded + start + cols[:, None] * padded + here[None, :], turned)
         tl.store(v_scale + batch_head * (padded // BLOCK) + block, v_step)
