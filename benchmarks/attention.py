@@ -90,6 +90,14 @@ def of_flux_nano(device: str = "cuda", step: int = 4, block: int = 7) -> list[Te
     return seen[step * len(blocks) + block]
 
 
+def of_nano(file: Path | None) -> list[Tensor]:
+    """The same, from a file where there is one."""
+    if file is None:
+        return of_flux_nano()
+    kept = load_file(file, "cuda")
+    return [kept[name] for name in "qkv"]
+
+
 def exactly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sum in float32, head by head."""
     out = torch.empty(q.shape, device="cuda")
@@ -206,19 +214,20 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs an NVIDIA GPU; without one `hasten doctor` says what could be used.")
-    table = [row for rows in given.sizes for row in measure("noise", noise(rows), given.rounds)]
-    if not given.without_nano:
-        kept = load_file(given.nano, "cuda") if given.nano else {}
-        table += measure("flux-nano", [kept[name] for name in "qkv"] if kept else of_flux_nano(), given.rounds)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     with given.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(asdict(row) for row in table)
+        inputs = [("noise", functools.partial(noise, rows)) for rows in given.sizes]
+        if not given.without_nano:
+            inputs.append(("flux-nano", functools.partial(of_nano, given.nano)))
+        for name, make in inputs:
+            for row in measure(name, make(), given.rounds):
+                writer.writerow(asdict(row))
+                print(*asdict(row).values(), sep="\t", flush=True)
+            file.flush()
     if given.out == parser.get_default("out") and not given.without_nano:
         readme(given.out)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for row in table:
-        print(*asdict(row).values(), sep="\t")
 
 
 if __name__ == "__main__":
