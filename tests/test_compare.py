@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from PIL import Image
 from runs import flux, hastened, recipe
 
 from hasten.compare import Likeness, compare_recipes, psnr_db, read_picture, ssim, warm_up, warming
-from hasten.painter import Request
-from hasten.recipe import Recipe
-from hasten.showing import Showing, averages
+from hasten.painter import Drawing, Request
+from hasten.recipe import Recipe, Skip
+from hasten.report import Report
+from hasten.showing import Showing, averages, doubt
 
 
 @pytest.fixture
@@ -62,8 +64,25 @@ def test_unequal_sizes_are_refused(measure: object, noise: np.ndarray) -> None:
         measure(noise, noise[:16])  # type: ignore[operator]
 
 
-def test_only_eight_bit_colour_pictures_are_compared(noise: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="8-bit"):
+def test_pictures_of_floats_are_compared_as_they_are(noise: np.ndarray) -> None:
+    exact = noise.astype(np.float32) / 255
+    other = noise[::-1].copy()
+    assert psnr_db(exact, other.astype(np.float32) / 255) == pytest.approx(psnr_db(noise, other), abs=1e-4)
+    near = np.clip(exact + np.float32(1e-4), 0, 1)  # far less than a level of 255
+    assert psnr_db(near, exact) == pytest.approx(80, abs=0.1)
+
+
+def test_likeness_is_measured_before_rounding_where_the_host_tells(noise: np.ndarray) -> None:
+    exact = np.full((1, 16, 16, 3), 0.5, np.float32)
+    images = [Image.fromarray(np.full((16, 16, 3), 128, np.uint8))]
+    report = Report({}, 1)
+    first, second = (Drawing(images, 1.0, report, exact=exact + np.float32(x)) for x in (0.0, 1e-4))
+    assert Likeness.of(first, second).psnr_db == pytest.approx(80, abs=0.1)
+    assert Likeness.of(first, Drawing(images, 1.0, report)).psnr_db is None
+
+
+def test_only_colour_pictures_in_a_known_range_are_compared(noise: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="float32 from 0 to 1"):
         psnr_db(noise.astype(np.float32), noise)
     with pytest.raises(ValueError, match="shape"):
         psnr_db(noise[..., 0], noise)
@@ -113,6 +132,24 @@ def test_averages_are_of_times_and_leave_identical_pictures_out() -> None:
     assert half.speedup == pytest.approx(2.0)
     assert half.computed == 4 and half.fewer is not None and half.fewer.computed == 4
     json.dumps([half.to_dict(), showings[0].to_dict()], allow_nan=False)
+
+
+def shown(*walls: dict[int, float], skip: bool = False) -> list[Showing]:
+    """Pictures of eight steps beside half of them, one for each table of seconds by evaluations computed."""
+    half = [("half", Recipe(name="half", skip=Skip(double=(1,)) if skip else Skip()))]
+    request = Request("x", steps=8)
+    return [Showing(request, compare_recipes(FakePainter({"half": 4}, wall_s=wall), request, half)) for wall in walls]
+
+
+def test_times_that_no_recipe_explains_are_doubted() -> None:
+    assert doubt(shown({8: 8.0, 4: 4.0}, {8: 9.0, 4: 4.0})) == ""
+    assert "half 3.2x where 2.0x is the most" in doubt(shown({8: 8.0, 4: 2.5}))
+    assert "8.0 to 13.0 s" in doubt(shown({8: 8.0, 4: 4.0}, {8: 13.0, 4: 6.5}))
+
+
+def test_a_recipe_that_makes_steps_cheaper_may_save_more_time_than_evaluations() -> None:
+    [showing] = shown({8: 8.0, 4: 2.5}, skip=True)
+    assert doubt([Showing(showing.request, [showing.rows[0], replace(showing.rows[1], fewer=None)])]) == ""
 
 
 def test_a_mean_says_how_many_identical_pictures_it_left_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,16 @@ def test_a_recipe_file_is_shown_under_its_own_name(tmp_path: Path) -> None:
     assert shown.averages[1].name == "mine" and shown.descriptions == {"mine": "my own"}
 
 
+def test_times_of_a_busy_machine_are_doubted_on_page_and_sheet() -> None:
+    calm, busy = (
+        show(FakePainter({"balanced": 12}, wall_s={28: 2.8, 12: wall_s}), [Request("x", steps=28)], ["balanced"])
+        for wall_s in (1.2, 0.4)
+    )
+    assert calm.doubt == "" and "was busy" not in page(calm)
+    assert "balanced 7.0x where 2.3x is the most" in page(busy) and busy.to_dict()["doubt"] == busy.doubt
+    assert sheet_of(busy).tobytes() != sheet_of(calm).tobytes()
+
+
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("")
     with pytest.raises(OSError, match="is a file"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Picture = Image | np.ndarray[Any, Any]
 
-DATA_RANGE = 255.0  # of 8-bit pictures
+DATA_RANGE = 255.0  # of 8-bit pictures, which float ones are stretched to
 SMALLEST = 11  # pixels a side: SSIM's Gaussian window
 
 # Told what is drawn, how many denoising steps of it are done, and of how many.
@@ -28,10 +28,10 @@ Progress = Callable[[str, int, int], None]
 
 
 def psnr_db(a: Picture, b: Picture) -> float:
-    """Peak signal-to-noise ratio in dB of two 8-bit pictures of one size; infinite when they are identical.
+    """Peak signal-to-noise ratio in dB of two pictures of one size; infinite when they are identical.
 
-    a, b: PIL images, or uint8 arrays (H, W, 3) or (B, H, W, 3); a batch is pooled, as if it were one picture.
-    Computed by torchmetrics with a data range of 255. Raises ValueError on unequal sizes.
+    a, b: PIL images, or arrays (H, W, 3) or (B, H, W, 3), uint8 or float32 from 0 to 1; a batch is pooled, as if it
+    were one picture. Computed by torchmetrics with a data range of 255. Raises ValueError on unequal sizes.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -42,7 +42,7 @@ def psnr_db(a: Picture, b: Picture) -> float:
 
 
 def ssim(a: Picture, b: Picture) -> float:
-    """Structural similarity of two 8-bit pictures, 1.0 for identical ones; the mean over a batch.
+    """Structural similarity of two pictures, 1.0 for identical ones; the mean over a batch.
 
     a, b as for psnr_db. Computed by torchmetrics with a data range of 255 and a Gaussian window of 11 pixels.
     Raises ValueError on unequal sizes and on pictures smaller than that window.
@@ -83,14 +83,19 @@ def _pair(a: Picture, b: Picture) -> tuple[Any, Any]:
 
 
 def _pixels(picture: Picture) -> np.ndarray[Any, Any]:
-    """A picture or a batch as (B, H, W, 3) in uint8, in memory of its own."""
+    """A picture or a batch as (B, H, W, 3) from 0 to 255, in memory of its own."""
     import numpy as np
     from PIL.Image import Image
 
     if isinstance(picture, Image):
         return np.array(picture.convert("RGB"))[None]
-    if picture.dtype != np.uint8:
-        raise ValueError(f"the picture is {picture.dtype}: 8-bit pictures (uint8, 0 to 255) are compared.")
+    if picture.dtype == np.float32 and picture.min() >= 0.0 and picture.max() <= 1.0:
+        picture = picture * np.float32(DATA_RANGE)
+    elif picture.dtype != np.uint8:
+        raise ValueError(
+            f"the picture is {picture.dtype} from {picture.min():g} to {picture.max():g}: uint8 from 0 to 255 or "
+            "float32 from 0 to 1 is compared."
+        )
     if picture.ndim not in (3, 4) or picture.shape[-1] != 3:
         raise ValueError(f"the picture's shape is {picture.shape}: (H, W, 3) or (B, H, W, 3) is expected.")
     return np.array(picture if picture.ndim == 4 else picture[None])
@@ -109,11 +114,17 @@ class Likeness:
     ssim: float
 
     @classmethod
-    def of(cls, images: Sequence[Image], baseline: Sequence[Image]) -> Likeness:
-        """The likeness of two equally long lists of pictures, taken together."""
+    def of(cls, drawing: Drawing, baseline: Drawing) -> Likeness:
+        """The likeness of two drawings' pictures, taken together; before rounding to 8 bits where the host tells."""
         import numpy as np
 
-        a, b = np.stack([np.asarray(i) for i in images]), np.stack([np.asarray(i) for i in baseline])
+        if drawing.exact is not None and baseline.exact is not None:
+            return cls.of_pictures(drawing.exact, baseline.exact)
+        return cls.of_pictures(*(np.stack([np.asarray(i) for i in d.images]) for d in (drawing, baseline)))
+
+    @classmethod
+    def of_pictures(cls, a: Picture, b: Picture) -> Likeness:
+        """The likeness of two pictures, or of two batches."""
         distance = psnr_db(a, b)
         return cls(None if math.isinf(distance) else round(distance, 3), round(ssim(a, b), 5))
 
@@ -227,7 +238,7 @@ def warming(recipe: Recipe) -> tuple[Recipe, int]:
 
 
 def _row(name: str, kind: str, drawing: Drawing, steps: int, baseline: Drawing, fewer: Row | None = None) -> Row:
-    likeness = Likeness.of(drawing.images, baseline.images)
+    likeness = Likeness.of(drawing, baseline)
     return Row(name, kind, drawing, steps, likeness, baseline.wall_s / drawing.wall_s, fewer)
 
 

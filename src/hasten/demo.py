@@ -86,7 +86,8 @@ def sheet_of(demo: Demo) -> Any:
     from hasten.sheet import contact_sheet
 
     return contact_sheet(
-        [(part.circumstances, part.showings) for part in demo.parts], title="hasten: the same seed, computed less"
+        [(" · ".join(filter(None, (part.doubt, part.circumstances))), part.showings) for part in demo.parts],
+        title="hasten: the same seed, computed less",
     )
 
 

@@ -16,6 +16,7 @@ from hasten.compare import Progress, Row, compare_recipes, draw, warm_up
 from hasten.output import check_writable, write_files
 from hasten.painter import Drawing, Painter, Request, check_count
 from hasten.recipe import Recipe
+from hasten.showing import Showing, doubt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,11 +26,15 @@ REPORT_SCHEMA = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """The drawing, its report file's content, and its row beside the plain run when that was drawn too."""
+    """The drawing, its report file's content, and its row beside the plain run when that was drawn too.
+
+    doubt: why the times beside each other are not to be trusted; empty when nothing speaks against them.
+    """
 
     drawing: Drawing
     report: dict[str, Any]
     row: Row | None = None
+    doubt: str = ""
 
 
 def picture_paths(out: Path, batch: int) -> list[Path]:
@@ -79,7 +84,7 @@ def generate(
             **row.fewer.likeness.to_dict(),
         },
     }
-    return Outcome(row.drawing, report, row)
+    return Outcome(row.drawing, report, row, doubt([Showing(request, [baseline, row])]))
 
 
 def report_of(painter: Painter, request: Request, recipe: Recipe, drawing: Drawing) -> dict[str, Any]:

@@ -21,9 +21,9 @@ COLUMNS = {
     "time": "Seconds for denoising and decoding one picture on this machine. Loading, reading the prompt and a "
     "short warm-up are not counted, for any of the runs.",
     "speed-up": "The uncached picture's time divided by this one's, measured in this run.",
-    "PSNR": "How near the picture is to the uncached one, in decibels: about 20 is a different picture of the same "
-    "thing, 30 is hard to tell apart, 40 very hard; “identical” means every pixel is equal. It measures nearness, "
-    "not beauty: a picture may drift away and be just as good.",
+    "PSNR": "How near the picture is to the uncached one, in decibels, before both are rounded to 8 bits: about 20 is "
+    "a different picture of the same thing, 30 is hard to tell apart, 40 very hard; “identical” means every pixel is "
+    "equal. It measures nearness, not beauty: a picture may drift away and be just as good.",
     "SSIM": "The same question asked about structure instead of pixels: 1 is equal, 0 is unrelated.",
     "plain steps": "The alternative that anyone has without this library: nothing reused, only fewer steps, as many "
     "as the recipe computed. A recipe is worth something only where it comes nearer than that.",
@@ -61,6 +61,7 @@ def page(demo: Demo) -> str:
 thing. hasten remembers what the model said and computes only some of the {steps} steps. Below: what that saved,
 and what it cost.</p>
 <p class="circumstances">{escape(demo.circumstances)}</p>
+{_doubt(demo)}
 </header>
 <main>
 <section>
@@ -84,12 +85,17 @@ change a little from run to run; the pictures do not.</footer>
 """
 
 
+def _doubt(demo: Demo) -> str:
+    return f'<p class="down">{escape(demo.doubt.capitalize())}</p>' if demo.doubt else ""
+
+
 def _other(demo: Demo) -> str:
     """Another model's part of the page."""
     sections = "\n".join(_section(demo, showing) for showing in demo.showings)
     return f"""<section>
 <h2>The same on {escape(demo.painter.model)}</h2>
 <p class="circumstances">{escape(demo.circumstances)}</p>
+{_doubt(demo)}
 {_table(demo)}
 {_chart(demo.averages)}
 </section>

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from hasten.recipe import Recipe
@@ -77,12 +78,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawing:
-    """The pictures, the seconds of denoising and decoding, and the engine's report of the call."""
+    """The pictures, the seconds of denoising and decoding, and the engine's report of the call.
+
+    exact: the pictures before they were rounded to 8 bits, (B, H, W, 3) in float32 from 0 to 1, where the host gives
+    them; likeness is measured on these, for rounding would hide the smallest distances.
+    """
 
     images: list[Image]
     wall_s: float
     report: Report
     notes: list[str] = field(default_factory=list)
+    exact: np.ndarray[Any, Any] | None = None
 
 
 class Painter(Protocol):
@@ -130,7 +136,7 @@ class FluxPainter:
         with hasten.accelerate(self.pipe, recipe) as run:
             self._wait()
             begin = time.perf_counter()
-            images = self.pipe(
+            exact = self.pipe(
                 **words,
                 width=request.width,
                 height=request.height,
@@ -138,13 +144,14 @@ class FluxPainter:
                 guidance_scale=request.guidance,
                 generator=generators,
                 max_sequence_length=self.text_tokens,
+                output_type="np",
                 callback_on_step_end=each_step(on_step) if on_step else None,
                 **self.call_options,
             ).images
             self._wait()
             wall_s = time.perf_counter() - begin
         assert run.report is not None, "a pipeline call always leaves a report"
-        return Drawing(images, wall_s, run.report, cut)
+        return Drawing(self.pipe.image_processor.numpy_to_pil(exact), wall_s, run.report, cut, exact)
 
     def _words(self, request: Request) -> dict[str, Any]:
         """The encoded prompt as the pipeline's call takes it."""

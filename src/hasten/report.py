@@ -107,13 +107,16 @@ class Report:
         self.wall_s = sum(e.ms for e in self.evaluations) / 1000.0
         return self
 
-    def line(self) -> str:
-        """The run in one line, such as `computed 12 of 28 · about 2.1x · cache 28.0 MiB`."""
+    def line(self, *, estimate: bool = True) -> str:
+        """The run in one line, such as `computed 12 of 28 · about 2.1x · cache 72.0 MiB`.
+
+        estimate: whether to say how much faster the model alone was, by this run's own times.
+        """
         parts = [f"computed {self.computed} of {len(self.evaluations)}"]
         if self.partial:
             parts[0] += f", {self.partial} in part"
         if self.reused or self.partial:
-            if self.timed:
+            if self.timed and estimate:
                 parts.append(f"about {self.estimated_speedup:.1f}x")
             parts.append(f"cache {self.cache_mib:.1f} MiB")
         elif self.evaluations:

@@ -39,14 +39,19 @@ class Screen:
         if self.quiet:
             yield
             return
+        if not self.asides.is_terminal:
+            self.asides.print(f"{words} ...", markup=False)
         with self.asides.status(words):
             yield
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int], None] | None]:
-        """A bar that is told what is drawn and how far it is; it is gone when all is done."""
+        """A bar that is told what is drawn and how far it is, gone when all is done; a line a picture in a pipe."""
         if self.quiet:
             yield None
+            return
+        if not self.asides.is_terminal:
+            yield lambda words, done, total: None if done else self.asides.print(f"drawing: {words}", markup=False)
             return
         columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.asides, transient=True) as bars:
@@ -57,8 +62,8 @@ class Screen:
 
             yield tell
 
-    def table(self, averages: Sequence[Average], circumstances: str) -> None:
-        """The figures of a comparison, a line for each way of drawing."""
+    def table(self, averages: Sequence[Average], circumstances: str, doubt: str = "") -> None:
+        """The figures of a comparison, a line for each way of drawing, and what speaks against their times."""
         if self.silent:
             return
         # Nine columns have to stand in the 80 characters of a pipe: hence no frame and short words.
@@ -79,6 +84,8 @@ class Screen:
             f"computed; MiB: the cache.{_left_out(averages)}\n{circumstances}\n",
             markup=False,
         )
+        if doubt:
+            self.remark(doubt)
 
 
 def _db(line: Average) -> str:

@@ -27,6 +27,30 @@ class Showing:
         return plain | {"rows": [row.to_dict() for row in self.rows]}
 
 
+# Times that no recipe explains. Pictures of half a second vary by a tenth on a machine with nothing else to do.
+SLACK, APART = 1.3, 1.5
+# Sections that make each evaluation cheaper, so that what was saved is no limit to the speed-up.
+CHEAPER = ("skip", "attention", "compile", "quantize")
+
+
+def doubt(showings: Sequence[Showing]) -> str:
+    """Why the times are not to be trusted, in a sentence; empty when nothing speaks against them.
+
+    A run cannot save more time than evaluations, and uncached pictures of one size take the same time.
+    """
+    sentence = "this machine was busy, so the times are not to be trusted ({}): run it again when it is not."
+    for showing in showings:
+        for row in showing.rows[1:]:
+            for shown in (row, row.fewer) if row.fewer is not None else (row,):
+                most = showing.rows[0].computed / max(shown.computed, 1)
+                if shown.speedup > SLACK * most and not any(shown.drawing.report.recipe.get(s) for s in CHEAPER):
+                    return sentence.format(f"{shown.name} {shown.speedup:.1f}x where {most:.1f}x is the most")
+    times = [showing.rows[0].drawing.wall_s for showing in showings]
+    if max(times) > APART * min(times):
+        return sentence.format(f"uncached pictures took {min(times):.1f} to {max(times):.1f} s")
+    return ""
+
+
 @dataclass(frozen=True)
 class Average:
     """The same row of several showings, averaged. psnr_db is None when every picture was identical.
@@ -121,6 +145,11 @@ class Demo:
             ]
         )
 
+    @property
+    def doubt(self) -> str:
+        """Why this model's times are not to be trusted; empty when nothing speaks against them."""
+        return doubt(self.showings)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without the pictures."""
         return {
@@ -129,6 +158,7 @@ class Demo:
             "model": self.painter.model,
             "device": self.painter.device,
             "dtype": self.painter.dtype,
+            "doubt": self.doubt,
             "averages": [average.to_dict() for average in self.averages],
             "showings": [showing.to_dict() for showing in self.showings],
             **({"other": self.other.to_dict()} if self.other else {}),
