@@ -229,6 +229,7 @@ def _launch_residual_norm(
     # On an H200 in fp8, us with a row for each program of 8 warps, and with 8 programs of 4 warps on a multiprocessor:
     # norm 72 and 62, with the sum before it 104 and 70, the sum alone 80 and 52 (from memory, with the launch).
     most = 8 * _multiprocessors(image.device) if image.is_cuda else length + tokens
+    parts = 3 if 3 * _power_of_two(-(-width // 3)) < _power_of_two(width) else 1
     grid = (programs or min(length + tokens, most), batch)
     if grid[0] * batch == 0:
         return
@@ -236,9 +237,10 @@ def _launch_residual_norm(
         module.residual_norm,
         grid,
         *(text, image, update, text_mods, image_mods, text_out, image_out, values, scales),
-        *(length, tokens, batch, width),
+        *(length, tokens, batch),
         *(text.stride(0), text.stride(1), image.stride(0), image.stride(1), update.stride(0)),
         *(text_mods.stride(0), image_mods.stride(0), text_out.stride(0), image_out.stride(0), eps),
+        WIDTH=width,
         GATE=gate,
         SHIFT=shift,
         SCALE=scale,
@@ -246,7 +248,8 @@ def _launch_residual_norm(
         NORMS=normed is not None,
         QUANTISES=normed is not None and normed[0].dtype in LIMITS,
         JOINT=joint,
-        BLOCK=_power_of_two(width),
+        BLOCK=_power_of_two(-(-width // parts)),
+        PARTS=parts,
         STAGES=stages,
         num_warps=warps,
     )
@@ -510,7 +513,9 @@ def gelu_beside_by_triton(
         module.launch(
             module.gelu_row,
             (programs,),
-            *(head, hidden, rows, scales, count, head_width, width, head.stride(0), hidden.stride(0)),
+            *(head, hidden, rows, scales, count, head.stride(0), hidden.stride(0)),
+            BEFORE_WIDTH=head_width,
+            WIDTH=width,
             BEFORE=before is not None,
             QUANTISES=dtype in LIMITS,
             BLOCK_BEFORE=_power_of_two(max(head_width, 1)),

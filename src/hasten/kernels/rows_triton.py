@@ -40,18 +40,79 @@ def _store_row(out, row_scales, row, values, column, inside, width, QUANTISES: t
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _broken(value):  # type: ignore[no-untyped-def]
+    return tl.sum(tl.where(value != value, 1.0, 0.0), 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _store_part(out, first, WIDTH: tl.constexpr, value, factor, BLOCK: tl.constexpr, QUANTISES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Some columns of a row, in 8 bits times the inverse of the row's scale."""
+    column = first + tl.arange(0, BLOCK)
+    if QUANTISES:
+        value *= factor
+        if out.dtype.element_ty == tl.int8:
+            value = tl.floor(value + 0.5)
+    tl.store(out + column, value.to(out.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _scale(largest, broken, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row's scale and its inverse. An int8 cannot say NaN: the scale says it."""
+    if dtype == tl.int8:
+        scale = tl.maximum(largest, SMALLEST) / INT8_MAX
+        return tl.where(broken > 0.0, float("nan"), scale), 1.0 / scale
+    scale = tl.maximum(largest, SMALLEST) / FP8_MAX
+    return scale, 1.0 / scale
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _summed(  # type: ignore[no-untyped-def]
+    source, update, mods, target, first,
+    WIDTH: tl.constexpr, GATE: tl.constexpr, UPDATES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some columns of x, or of x + gate * update, which is written then; zero beyond the row."""
+    column = first + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
+    if UPDATES:
+        y = tl.load(update + column, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(mods + GATE * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        kept = (x + gate * y).to(target.dtype.element_ty)
+        tl.store(target + column, kept, mask=inside)
+        x = kept.to(tl.float32)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _squares(x, mean, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    centred = tl.where(first + tl.arange(0, BLOCK) < WIDTH, x - mean, 0.0)
+    return centred * centred
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _modulated(  # type: ignore[no-untyped-def]
+    x, mean, steep, mods, first, WIDTH: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    column = first + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    shift = tl.load(mods + SHIFT * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(mods + SCALE * WIDTH + column, mask=inside, other=0.0).to(tl.float32) + 1.0
+    return tl.where(inside, (x - mean) * steep * scale + shift, 0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def residual_norm(  # type: ignore[no-untyped-def]
     text, image, update, text_mods, image_mods, text_out, image_out, normed, row_scales,
-    length, tokens, batch, width,
+    length, tokens, batch,
     text_batch, text_row, image_batch, image_row, update_row, text_mods_batch, image_mods_batch,
     text_out_batch, image_out_batch, eps,
-    GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+    WIDTH: tl.constexpr, GATE: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
     UPDATES: tl.constexpr, NORMS: tl.constexpr, QUANTISES: tl.constexpr, JOINT: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x + gate * update, then LayerNorm, * (1 + scale) + shift, the row's scale and the cast; each part optional.
 
-    Programs take rows in turns, text's first; with 2 STAGES the next row is on its way while one is worked on."""
+    A row lies in 1 or 3 parts of BLOCK columns. Programs take rows in turns, text's first."""
     b = tl.program_id(1).to(tl.int64)
     text += b * text_batch
     image += b * image_batch
@@ -59,35 +120,50 @@ def residual_norm(  # type: ignore[no-untyped-def]
     image_out += b * image_out_batch
     text_mods += b * text_mods_batch
     image_mods += b * image_mods_batch
-    column = tl.arange(0, BLOCK)
-    inside = column < width
+    COUNTS: tl.constexpr = QUANTISES and normed.dtype.element_ty == tl.int8
     for turn in tl.range(tl.program_id(0), length + tokens, tl.num_programs(0), num_stages=STAGES):
         place = tl.full((), turn, tl.int64)  # an int in the interpreter
         is_text = place < length
         row = tl.where(is_text, place, place - length)
         source = tl.where(is_text, text + row * text_row, image + row * image_row)
+        target = tl.where(is_text, text_out + row * WIDTH, image_out + row * WIDTH)
         mods = tl.where(is_text, text_mods, image_mods)
         if JOINT:  # rows of one sequence, image behind text, batch after batch
             at = b * (length + tokens) + place
         else:  # all text rows, then all image rows
             at = tl.where(is_text, b * length, batch * length + b * tokens) + row
-        x = tl.load(source + column, mask=inside, other=0.0).to(tl.float32)
-        if UPDATES:
-            y = tl.load(update + at * update_row + column, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(mods + GATE * width + column, mask=inside, other=0.0).to(tl.float32)
-            kept = (x + gate * y).to(text_out.dtype.element_ty)
-            target = tl.where(is_text, text_out + row * width, image_out + row * width)
-            tl.store(target + column, kept, mask=inside)
-            x = kept.to(tl.float32)
+        more = update + at * update_row
+        x0 = _summed(source, more, mods, target, 0, WIDTH, GATE, UPDATES, BLOCK)
+        if PARTS == 3:
+            x1 = _summed(source, more, mods, target, BLOCK, WIDTH, GATE, UPDATES, BLOCK)
+            x2 = _summed(source, more, mods, target, 2 * BLOCK, WIDTH, GATE, UPDATES, BLOCK)
         if NORMS:
-            shift = tl.load(mods + SHIFT * width + column, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.load(mods + SCALE * width + column, mask=inside, other=0.0).to(tl.float32) + 1.0
-            mean = tl.sum(x, 0) / width
-            centred = tl.where(inside, x - mean, 0.0)
-            variance = tl.sum(centred * centred, 0) / width
-            values = centred * tl.rsqrt(variance + eps) * scale + shift
-            values = tl.where(inside, values, 0.0)
-            _store_row(normed, row_scales, at, values, column, inside, width, QUANTISES)
+            if PARTS == 3:  # column by column first: one sum over all threads
+                mean = tl.sum(x0 + x1 + x2, 0) / WIDTH
+                squares = _squares(x0, mean, 0, WIDTH, BLOCK) + _squares(x1, mean, BLOCK, WIDTH, BLOCK)
+                squares += _squares(x2, mean, 2 * BLOCK, WIDTH, BLOCK)
+            else:
+                mean = tl.sum(x0, 0) / WIDTH
+                squares = _squares(x0, mean, 0, WIDTH, BLOCK)
+            steep = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+            x0 = _modulated(x0, mean, steep, mods, 0, WIDTH, SHIFT, SCALE, BLOCK)
+            if PARTS == 3:
+                x1 = _modulated(x1, mean, steep, mods, BLOCK, WIDTH, SHIFT, SCALE, BLOCK)
+                x2 = _modulated(x2, mean, steep, mods, 2 * BLOCK, WIDTH, SHIFT, SCALE, BLOCK)
+            factor = 1.0
+            if QUANTISES:
+                sizes = tl.abs(x0)
+                broken = _broken(x0) if COUNTS else 0.0
+                if PARTS == 3:
+                    sizes = tl.maximum(tl.maximum(sizes, tl.abs(x1)), tl.abs(x2))
+                    broken += (_broken(x1) + _broken(x2)) if COUNTS else 0.0
+                scale, factor = _scale(tl.max(sizes, 0), broken, normed.dtype.element_ty)
+                tl.store(row_scales + at, scale)
+            out = normed + at * WIDTH
+            _store_part(out, 0, WIDTH, x0, factor, BLOCK, QUANTISES)
+            if PARTS == 3:
+                _store_part(out, BLOCK, WIDTH, x1, factor, BLOCK, QUANTISES)
+                _store_part(out, 2 * BLOCK, WIDTH, x2, factor, BLOCK, QUANTISES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -109,32 +185,14 @@ def _gelu(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _loaded_gelu(hidden, first, width, BLOCK: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _loaded_gelu(hidden, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     column = first + tl.arange(0, BLOCK)
-    return _gelu(tl.load(hidden + column, mask=column < width, other=0.0).to(tl.float32), FAST)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _largest_and_broken(value, largest, broken, COUNTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    if COUNTS:
-        broken += tl.sum(tl.where(value != value, 1.0, 0.0), 0)
-    return tl.maximum(largest, tl.max(tl.abs(value), 0)), broken
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _store_part(out, first, width, value, factor, BLOCK: tl.constexpr, QUANTISES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Some columns of a row, in 8 bits times the inverse of the row's scale."""
-    column = first + tl.arange(0, BLOCK)
-    if QUANTISES:
-        value *= factor
-        if out.dtype.element_ty == tl.int8:
-            value = tl.floor(value + 0.5)
-    tl.store(out + column, value.to(out.dtype.element_ty), mask=column < width)
+    return _gelu(tl.load(hidden + column, mask=column < WIDTH, other=0.0).to(tl.float32), FAST)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def gelu_row(  # type: ignore[no-untyped-def]
-    before, hidden, out, row_scales, count, before_width, width, before_row, hidden_row,
+    before, hidden, out, row_scales, count, before_row, hidden_row, BEFORE_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
     BEFORE: tl.constexpr, QUANTISES: tl.constexpr, BLOCK_BEFORE: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, FAST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -145,43 +203,42 @@ def gelu_row(  # type: ignore[no-untyped-def]
     for turn in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
         row = tl.full((), turn, tl.int64)  # an int in the interpreter
         source = hidden + row * hidden_row
-        target = out + row * (before_width + width)
-        largest = 0.0
-        broken = 0.0
-        value0 = _loaded_gelu(source, 0, width, BLOCK, FAST)
-        largest, broken = _largest_and_broken(value0, largest, broken, COUNTS)
+        target = out + row * (BEFORE_WIDTH + WIDTH)
+        value0 = _loaded_gelu(source, 0, WIDTH, BLOCK, FAST)
+        sizes = tl.abs(value0)
+        broken = _broken(value0) if COUNTS else 0.0
         if PARTS > 1:
-            value1 = _loaded_gelu(source, BLOCK, width, BLOCK, FAST)
-            largest, broken = _largest_and_broken(value1, largest, broken, COUNTS)
+            value1 = _loaded_gelu(source, BLOCK, WIDTH, BLOCK, FAST)
+            sizes = tl.maximum(sizes, tl.abs(value1))
+            broken += _broken(value1) if COUNTS else 0.0
         if PARTS > 2:
-            value2 = _loaded_gelu(source, 2 * BLOCK, width, BLOCK, FAST)
-            largest, broken = _largest_and_broken(value2, largest, broken, COUNTS)
+            value2 = _loaded_gelu(source, 2 * BLOCK, WIDTH, BLOCK, FAST)
+            sizes = tl.maximum(sizes, tl.abs(value2))
+            broken += _broken(value2) if COUNTS else 0.0
         if PARTS > 3:
-            value3 = _loaded_gelu(source, 3 * BLOCK, width, BLOCK, FAST)
-            largest, broken = _largest_and_broken(value3, largest, broken, COUNTS)
+            value3 = _loaded_gelu(source, 3 * BLOCK, WIDTH, BLOCK, FAST)
+            sizes = tl.maximum(sizes, tl.abs(value3))
+            broken += _broken(value3) if COUNTS else 0.0
+        largest = tl.max(sizes, 0)
         if BEFORE:
             at = tl.arange(0, BLOCK_BEFORE)
-            head = tl.load(before + row * before_row + at, mask=at < before_width, other=0.0).to(tl.float32)
-            largest, broken = _largest_and_broken(head, largest, broken, COUNTS)
+            head = tl.load(before + row * before_row + at, mask=at < BEFORE_WIDTH, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(head), 0))
+            broken += _broken(head) if COUNTS else 0.0
         factor = 1.0
         if QUANTISES:
-            if COUNTS:  # an int8 cannot say NaN: the scale says it
-                scale = tl.maximum(largest, SMALLEST) / INT8_MAX
-                tl.store(row_scales + row, tl.where(broken > 0.0, float("nan"), scale))
-            else:
-                scale = tl.maximum(largest, SMALLEST) / FP8_MAX
-                tl.store(row_scales + row, scale)
-            factor = 1.0 / scale
+            scale, factor = _scale(largest, broken, out.dtype.element_ty)
+            tl.store(row_scales + row, scale)
         if BEFORE:
-            _store_part(target, 0, before_width, head, factor, BLOCK_BEFORE, QUANTISES)
-            target += before_width
-        _store_part(target, 0, width, value0, factor, BLOCK, QUANTISES)
+            _store_part(target, 0, BEFORE_WIDTH, head, factor, BLOCK_BEFORE, QUANTISES)
+            target += BEFORE_WIDTH
+        _store_part(target, 0, WIDTH, value0, factor, BLOCK, QUANTISES)
         if PARTS > 1:
-            _store_part(target, BLOCK, width, value1, factor, BLOCK, QUANTISES)
+            _store_part(target, BLOCK, WIDTH, value1, factor, BLOCK, QUANTISES)
         if PARTS > 2:
-            _store_part(target, 2 * BLOCK, width, value2, factor, BLOCK, QUANTISES)
+            _store_part(target, 2 * BLOCK, WIDTH, value2, factor, BLOCK, QUANTISES)
         if PARTS > 3:
-            _store_part(target, 3 * BLOCK, width, value3, factor, BLOCK, QUANTISES)
+            _store_part(target, 3 * BLOCK, WIDTH, value3, factor, BLOCK, QUANTISES)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
