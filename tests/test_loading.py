@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_files, make_tiny_flux, tiny_pipeline
 
-from hasten.loading import Habits, Model, check_model, habits, load_painter, model_label
+from hasten.loading import Habits, Model, check_model, habits, is_on_hub, load_painter, model_label
 from hasten.machine import dtype_works, pick_device, pick_dtype
 from hasten.painter import FluxPainter, Request
 from hasten.recipe import Recipe
@@ -287,6 +288,27 @@ def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         check_model(Model(str(tmp_path / "none.safetensors")))
     check_model(Model("someone/some-flux"))  # may be a hub name: nothing is asked of the network here
+
+
+def test_no_network_and_no_such_model_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def raising(error: Exception) -> Callable[..., None]:
+        def model_info(*args: object, **kwargs: object) -> None:
+            raise error
+
+        return model_info
+
+    model = Model("nosuch/repo")
+    assert is_on_hub(model) and not is_on_hub(Model())
+    monkeypatch.setattr(huggingface_hub, "model_info", raising(ConnectionError("no route to host")))
+    with pytest.raises(OSError, match=r"the hub cannot be reached \(no route to host\), and nosuch/repo was not"):
+        load_painter(model, device=CPU, dtype=torch.float32)
+    missing = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    monkeypatch.setattr(huggingface_hub, "model_info", raising(missing))
+    with pytest.raises(OSError, match="the hub has no model nosuch/repo"):
+        load_painter(model, device=CPU, dtype=torch.float32)
 
 
 def test_devices_and_dtypes_are_tried() -> None:

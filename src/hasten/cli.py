@@ -434,7 +434,7 @@ def _painter(
     threads: int | None = None,
 ) -> FluxPainter:
     """The loaded model, changed as a recipe asks; what can be found wrong without it is said before it is loaded."""
-    from hasten.loading import check_model, load_painter
+    from hasten.loading import check_model, is_on_hub, load_painter
     from hasten.machine import pick_device, pick_dtype
 
     if check is not None:
@@ -450,7 +450,7 @@ def _painter(
         from hasten.quantize import format_for
 
         format_for(recipe.quantize.format, at)
-    with screen.waiting("loading the model"):
+    with screen.waiting(f"looking for {where.name} on the hub" if is_on_hub(where) else "loading the model"):
         return load_painter(where, device=at, dtype=kind, recipe=recipe)
 
 

@@ -215,6 +215,15 @@ def _local_folder(name: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub.errors import HfHubHTTPError
 
+    away = _why_unreachable(name)
+    if away is not None:
+        try:
+            return Path(DiffusionPipeline.download(name, local_files_only=True))
+        except (OSError, HfHubHTTPError, ValueError):
+            raise OSError(
+                f"the hub cannot be reached ({away}), and {name} was not downloaded before: check the network, or give "
+                "a folder."
+            ) from None
     try:
         _check_class(DiffusionPipeline.load_config(name).get("_class_name"), name)
         return Path(DiffusionPipeline.download(name))
@@ -223,6 +232,31 @@ def _local_folder(name: str | None) -> Path:
             f"{name} cannot be had from the hub ({first_line(error)}): check the name, the network, and for a gated "
             "model `hf auth login`; or give a folder."
         ) from None
+
+
+def _why_unreachable(name: str) -> str | None:
+    """None when the hub answers and has the model, else why it does not answer; one request, without retries.
+
+    Raises OSError when it answers that there is no such model.
+    """
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        model_info(name, timeout=10.0)
+    except RepositoryNotFoundError:
+        raise OSError(
+            f"the hub has no model {name}, or it is private: check the name, or log in with `hf auth login`."
+        ) from None
+    # The base is httpx's HTTPError, before hub 1.0 requests': that one's connection errors are OSErrors.
+    except (HfHubHTTPError.__bases__[0], OSError) as error:
+        return first_line(error)
+    return None
+
+
+def is_on_hub(model: Model) -> bool:
+    """Whether the model has to be asked of the hub: its name is no folder and no file here."""
+    return not model.files and _folder_of(model.name) is None
 
 
 def _from_folder(folder: Path, dtype: Any) -> Any:
