@@ -42,10 +42,10 @@ def available(backend: str) -> str | None:
         reason = next((r for r in reasons if r.startswith("needs")), reasons[0])
         backend = "8-bit" if wish in CHAINS and backend != wish else backend
         reason = f"{backend} attention {reason}" if reason.startswith(("needs", "takes")) else reason
-        return f"{reason}, attention is left as it is"
+        return reason
     core = sys.modules.get("comfy.ldm.modules.attention")
     if core is not None and not hasattr(core, "wrap_attn"):
-        return "this ComfyUI takes no other attention (0.3.60 and newer do), attention is left as it is"
+        return "this ComfyUI takes no other attention (0.3.60 and newer do)"
     return None
 
 

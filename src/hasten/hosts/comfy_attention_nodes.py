@@ -102,6 +102,6 @@ class ApplyFastCuDNNKernels(Lightning):
         reason = comfy_attention.available("cudnn")
         said = f"float32 products at {float32_matmul_precision!r}, cuDNN looks for its fastest kernels"
         if reason is not None:
-            return io.NodeOutput(cls.told(fast, "fast kernels", f"{said} · {reason}"))
+            return io.NodeOutput(cls.told(fast, "fast kernels", f"{said} · attention is left as it is: {reason}"))
         fast = comfy_attention.put_attention(fast, "cudnn")
         return io.NodeOutput(cls.told(fast, "attention", f"{said} · attention cudnn", counts=True))

@@ -37,7 +37,7 @@ class LightningNode(Lightning):
             node_id="Lightning",
             display_name=cls.TITLE,
             category="Lightning",
-            description="Makes FLUX.1 sampling faster by a named recipe, and says on the node what was reused.",
+            description="Makes FLUX.1 and Sana sampling faster by a named recipe, and says what was reused.",
             inputs=[
                 model_input(),
                 io.Combo.Input(
@@ -46,7 +46,8 @@ class LightningNode(Lightning):
                 ),
                 io.Float.Input(
                     "threshold", default=-1.0, min=-1.0, max=10.0, step=0.01,
-                    tooltip="Takes the recipe's threshold's place; -1 keeps it. Higher reuses more.",
+                    tooltip="Only for a custom recipe that has one (fbcache, mbcache, teacache, easycache, magcache): "
+                    "takes its place, higher reuses more; -1 keeps it. The named recipes follow fixed steps.",
                 ),
                 RecipeType.Input(
                     "custom_recipe", optional=True, tooltip="From Lightning Recipe: used instead of the named one."
@@ -141,7 +142,7 @@ class LightningReport(Lightning):
             report = reports[-1]
         else:
             report = Report(recipe={}, intervals=0)
-            report.note("no Lightning node is before this model's sampler, or it was not sampled yet")
+            report.note("no caching node of this pack is before this model's sampler, or it was not sampled yet")
         text = comfy_report.as_text(report)
         cls.say("\n".join(text.splitlines()[:2]))
         return io.NodeOutput(text, comfy_report.as_picture(report), ui={"text": (text,)})
