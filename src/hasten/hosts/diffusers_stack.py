@@ -72,7 +72,7 @@ class Stack:
         self.compiler = self._compiler() if wants else None
         self.replays = self._replays(self.compile.blocks)
         # Apart from the blocks', for each keeps its own few sizes: two prompts' lengths here.
-        self.read = self._replays(self.compile.text)
+        self.read = self._replays(self.compile.text, lends=False)  # once a prompt: a copy costs nothing
         # Of their own too: what fails or makes room among them leaves the blocks' recordings alone.
         self._ends = self._replays(self.compile.blocks, lends=False)
         self._quantised: Quantised | None = None
