@@ -156,13 +156,15 @@ def line(
 def write_table(file: Path) -> None:
     """The recipes' part of the README."""
     found = {row["name"]: row for row in kept(file)}
-    head = ["recipe", "computed, of 20", "PSNR, dB", "as many plain steps, dB", "SSIM", "right by the checker"]
+    judged = any(row["checked"] for row in found.values())
+    head = ["recipe", "computed, of 20", "PSNR, dB", "as many plain steps, dB", "SSIM"]
+    head += ["right by the checker"] if judged else []
     body = []
-    for name in ("uncached", *(f"recipe/{name}" for name in RECIPES)):
+    for name in (*(("uncached",) if judged else ()), *(f"recipe/{name}" for name in RECIPES)):
         row = found[name]
-        right = f"{100 * float(row['checked']):.0f} %" if row["checked"] else "-"
+        right = [f"{100 * float(row['checked']):.0f} %" if row["checked"] else "-"] if judged else []
         near = ("", "", "") if name == "uncached" else (row["psnr_db"], row["psnr_plain_db"], row["ssim"])
-        body.append([name.removeprefix("recipe/"), f"{float(row['evaluations']):g}", *near, right])
+        body.append([name.removeprefix("recipe/"), f"{float(row['evaluations']):g}", *near, *right])
     tables.rewrite("sana_nano", head, body)
 
 
