@@ -78,12 +78,12 @@ def _takes(
     """A rule: an NVIDIA GPU from `capability` on, half precision, these head sizes, no mask, and the package."""
 
     def refuses(ask: Ask) -> str | None:
+        if ask.device.type != "cuda" or torch.version.cuda is None:
+            return "needs an NVIDIA GPU"
         if package:
             missing = lacks(package, attribute)
             if missing:
                 return missing
-        if ask.device.type != "cuda" or torch.version.cuda is None:
-            return "needs an NVIDIA GPU"
         has = torch.cuda.get_device_capability(ask.device)
         if has < capability:
             needed, found = (".".join(map(str, pair)) for pair in (capability, has))
