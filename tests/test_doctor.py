@@ -38,6 +38,10 @@ def test_formats_and_kernels_are_tried(findings: dict[str, list[Check]]) -> None
     assert {"flash-attn", "sageattention", "spas-sage-attn", "comfy-kitchen", "xformers"} <= set(attention)
 
 
+def test_every_shipped_model_is_looked_at(findings: dict[str, list[Check]]) -> None:
+    assert {"flux-nano", "sana-nano"} <= set(named(findings, "hasten's files"))
+
+
 def test_without_what_is_needed_nothing_can_be_drawn() -> None:
     assert not can_draw({"versions": [Check("torch", False, "not installed", needed=True)]})
     assert can_draw({"versions": [Check("torchao", False, "not installed")]})

@@ -251,7 +251,7 @@ def test_a_run_too_short_for_a_list_is_computed_in_full_and_says_why() -> None:
     policy = make_policy(Cache(method="schedule", steps=(0, 2, 4), of=28), (1,))
     moments = [Moment(i, i, 4, 1 - i / 4) for i in range(4)]
     assert not any(policy.rule.reuse(moment, None, 0) for moment in moments)
-    assert policy.rule.why(None, 0) == "too few steps for a list of 28"
+    assert policy.rule.why(None, 0) == "a list of 28 steps is followed from 12 steps on (fewer: cache.method interval)"
 
 
 def why(cache: Cache, interval: int, intervals: int, sigma: float = 0.5, index: int = 9) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 
 from hasten.anatomy import flux, sana
 from hasten.plan import fitted_to
-from hasten.recipe import METHODS, Cache, Recipe, Skip, recipe_names
+from hasten.recipe import METHODS, Attention, Cache, Recipe, Skip, recipe_names
 from hasten.unused import FORECAST_BY, TAKEN_BY, unused
 
 WORDS = ["", "plain", 'with "quotes" and \\ and \ttabs\nlines', "größer, 更快, 🍎", "\x7f\x01"]
@@ -176,6 +176,7 @@ def test_an_unknown_word_is_refused_and_the_nearest_offered(key: str, given: str
 
 def test_an_unknown_name_is_refused_and_the_nearest_offered() -> None:
     assert "did you mean 'none'" in refused("nome")
+    assert "did you mean" not in refused("speca")
 
 
 OUT_OF_RANGE: list[dict[str, Any]] = [
@@ -316,13 +317,18 @@ def test_sigmas_fall_from_start_to_end() -> None:
 
 
 def test_settings_that_nothing_looks_at_are_named() -> None:
-    assert unused(Cache()) == []
-    assert unused(Cache(method="fbcache", threshold=0.2, signal="output", predictor="taylor", order=2)) == []
-    assert unused(Cache(method="interval", threshold=0.2)) == [
+    assert unused(Cache(), Attention(), steps=28) == []
+    assert (
+        unused(
+            Cache(method="fbcache", threshold=0.2, signal="output", predictor="taylor", order=2), Attention(), steps=28
+        )
+        == []
+    )
+    assert unused(Cache(method="interval", threshold=0.2), Attention(), steps=28) == [
         "cache.threshold is not used by cache.method interval, only by fbcache or mbcache or teacache or easycache or "
         "magcache"
     ]
-    assert unused(Cache(method="schedule", steps=(0, 2), reach=0.3)) == [
+    assert unused(Cache(method="schedule", steps=(0, 2), reach=0.3), Attention(), steps=28) == [
         "cache.reach is not used by cache.predictor hold, only by damped"
     ]
     known_settings = {f.name for f in dataclasses.fields(Cache)}
@@ -331,7 +337,26 @@ def test_settings_that_nothing_looks_at_are_named() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_set_nothing_in_vain(name: str) -> None:
-    assert unused(Recipe.load(name).cache) == []
+    assert unused(Recipe.load(name).cache, Attention(), steps=28) == []
+
+
+def test_what_attention_or_a_short_run_leaves_unused_is_said() -> None:
+    assert unused(Cache(), Attention(backend="sparse", keep=0.3), steps=28) == []
+    assert unused(Cache(), Attention(backend="sdpa", keep=0.3), steps=28) == [
+        "attention.keep is not used by attention.backend sdpa, only by sparse or sol"
+    ]
+    listed = Cache(method="schedule", steps=(0, 50, 70))
+    assert unused(listed, Attention(), steps=71) == []
+    assert unused(listed, Attention(), steps=12) == [
+        "cache.steps names step 50, beyond this run's 12: cache.of says how long its run is"
+    ]
+
+
+def test_tokens_beside_a_method_without_them_are_refused_whatever_their_values() -> None:
+    for tokens in ({"ratio": 0.1}, {"ratio": 0.3}):
+        with pytest.raises(ValueError, match="set it to toca, duca or modules"):
+            Recipe.from_dict({"schema": 1, "cache": {"method": "fbcache"}, "tokens": tokens})
+    Recipe.from_dict({"schema": 1, "tokens": {}})
 
 
 SANA = {"schema": 1, "cache": {"method": "schedule", "steps": [0, 2], "of": 4, "sana": {"steps": [0, 1, 3]}}}

@@ -39,7 +39,7 @@ def test_the_line_says_what_was_computed_how_fast_and_what_it_kept() -> None:
 
 
 def test_the_line_says_why_nothing_was_reused() -> None:
-    found = Report(recipe={}, intervals=4, evaluations=[
+    found = Report(recipe={"cache": {"method": "fbcache"}}, intervals=4, evaluations=[
         evaluation(0, "compute", "first", change=None),
         evaluation(1, "compute", "change 0.4, threshold 0.1", change=0.4),
         evaluation(2, "compute", "change 0.3, threshold 0.1", change=0.3),
@@ -50,6 +50,16 @@ def test_the_line_says_why_nothing_was_reused() -> None:
     assert found.line() == "computed 3 of 3 · nothing reused: no cache"
     found.evaluations = [evaluation(i, "compute", ("first", "last")[i], change=None) for i in range(2)]
     assert found.line() == "computed 2 of 2 · nothing reused: too few steps"
+
+
+def test_a_recipe_without_a_cache_is_no_failure() -> None:
+    found = report("CCC")
+    found.recipe = {"schema": 1, "compile": {"blocks": True}}
+    assert found.line() == "computed 3 of 3 · no cache asked for"
+
+
+def test_a_report_in_a_shell_is_one_line() -> None:
+    assert repr(report("C.")).startswith("<Report: computed 1 of 2 · ") and "\n" not in repr(report("C."))
 
 
 def test_the_line_counts_the_blocks_that_were_skipped() -> None:

@@ -34,7 +34,7 @@ EAGER = {
     "interval": recipe("interval", every=100, last=False),
     "taylor": recipe("interval", every=4, predictor="taylor", order=2, last=False),
     "chebyshev": recipe("interval", every=3, predictor="chebyshev", last=False),
-    "schedule": recipe("schedule", steps=[100], first=False, last=False),
+    "schedule": recipe("schedule", steps=[0], first=False, last=False),
     "fbcache": recipe("fbcache", threshold=10.0, first=False, last=False),
     "mbcache": recipe("mbcache", threshold=10.0, first=False, last=False),
     "mbcache-cosine": recipe("mbcache", threshold=1.0, first=False, last=False, **COSINE),

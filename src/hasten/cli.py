@@ -435,14 +435,11 @@ def _painter(
 ) -> FluxPainter:
     """The loaded model, changed as a recipe asks; what can be found wrong without it is said before it is loaded."""
     from hasten.loading import check_model, is_on_hub, load_painter
-    from hasten.machine import pick_device, pick_dtype
+    from hasten.machine import pick_device, pick_dtype, use_threads
 
     if check is not None:
         check()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)
     at = pick_device(device)
     kind = pick_dtype(dtype, at)
     check_model(where)

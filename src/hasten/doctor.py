@@ -102,7 +102,9 @@ def devices() -> list[Check]:
     import torch
 
     flags = _cpu_flags()
-    words = [cpu_name(), f"{cores()} cores", f"{_memory_gib():.0f} GiB", f"{torch.get_num_threads()} threads in use"]
+    threads = torch.get_num_threads()
+    words = [cpu_name(), f"{cores()} core{'s' * (cores() > 1)}", f"{_memory_gib():.0f} GiB"]
+    words.append(f"{threads} thread{'s' * (threads > 1)} in use")
     known = [flag for flag in CPU_FLAGS if flag in flags]
     found = [Check("cpu", True, ", ".join([*words, *known]))]
     if torch.cuda.is_available():
@@ -222,12 +224,18 @@ def recipes() -> list[Check]:
 
 
 def models() -> list[Check]:
-    """The model that ships, its files judged by their headers."""
+    """The models that ship, their files judged by their headers."""
     from hasten.data import models_folder
-    from hasten.loading import SHIPPED_MODEL, Model, check_model
+    from hasten.loading import SHIPPED, Model, check_model
 
-    check_model(Model())
-    return [Check(SHIPPED_MODEL, True, str(models_folder() / SHIPPED_MODEL))]
+    found = []
+    for name in SHIPPED:
+        try:
+            check_model(Model(name))
+            found.append(Check(name, True, str(models_folder() / name)))
+        except (ValueError, OSError) as error:
+            found.append(Check(name, False, first_line(error)))
+    return found
 
 
 def best_device() -> Any:

@@ -20,7 +20,8 @@ from hasten.weights import read_header
 if TYPE_CHECKING:
     from hasten.recipe import Recipe
 
-SHIPPED_MODEL = "flux-nano"
+SHIPPED = ("flux-nano", "sana-nano")
+SHIPPED_MODEL = SHIPPED[0]
 # Those that draw from words alone with the weights of a FluxPipeline.
 TEXT_TO_IMAGE = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline")
 SANA = ("SanaPipeline", "SanaSprintPipeline")

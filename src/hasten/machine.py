@@ -55,6 +55,14 @@ def pick_dtype(wanted: str, device: Any) -> Any:
     return dtype
 
 
+def use_threads(count: int | None) -> None:
+    """Has torch compute on that many CPU threads from now on; None leaves its own choice."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
 def dtype_works(dtype: Any, device: Any) -> str | None:
     """None when a small product comes out right on the device, else the reason; it is really tried."""
     import torch

@@ -51,7 +51,9 @@ class Request:
             raise ValueError("the prompt is empty: say what to draw, in quotes.")
         for name in ("width", "height"):
             value = getattr(self, name)
-            if value < MULTIPLE or value % MULTIPLE:
+            if value < MULTIPLE:
+                raise ValueError(f"the {name} is {value}: at least {MULTIPLE} is allowed.")
+            if value % MULTIPLE:
                 near = max(MULTIPLE, round(value / MULTIPLE) * MULTIPLE)
                 raise ValueError(f"the {name} is {value}: it must be divisible by {MULTIPLE}; try {near}.")
         check_count("steps", self.steps)

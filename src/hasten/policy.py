@@ -94,7 +94,7 @@ class Accumulated:
         self.total = 0.0
 
     def why(self, change: float | None, seam: int) -> str:
-        return f"sum {self.total:.3g}, threshold {self.threshold:g}"
+        return f"changes add up to {self.total:.3g}, threshold {self.threshold:g}"
 
 
 class Magnitude:
@@ -163,7 +163,9 @@ class Listed:
         pass
 
     def why(self, change: float | None, seam: int) -> str:
-        return f"too few steps for a list of {self.of}" if self.short else "schedule"
+        if not self.short:
+            return "schedule"
+        return f"a list of {self.of} steps is followed from {SHORT} steps on (fewer: cache.method interval)"
 
 
 SHORT = 12

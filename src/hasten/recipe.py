@@ -297,10 +297,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.tokens != Tokens() and self.cache.method not in INSIDE_BLOCKS:
-            raise ValueError(
-                f"[tokens] is given but cache.method is {self.cache.method}: set it to toca, duca or modules, or leave "
-                "[tokens] out."
-            )
+            raise ValueError(_idle_tokens(self.cache.method))
 
     @property
     def changes_model(self) -> bool:
@@ -347,6 +344,8 @@ class Recipe:
             if not isinstance(data.get(key, ""), str):
                 raise ValueError(f"{key} is {data[key]!r}: a text in quotes is expected.")
         cache, sana = _caches(data.get("cache", {}))
+        if data.get("tokens") and cache.method not in INSIDE_BLOCKS:
+            raise ValueError(_idle_tokens(cache.method))  # also where its values are the defaults
         return cls(
             cache=cache,
             sana=sana,
@@ -386,6 +385,10 @@ class Recipe:
                     if isinstance(inner, dict):
                         lines += ["", f"[{section}.{key}]", *(f"{k} = {_toml(v)}" for k, v in inner.items())]
         return "\n".join(lines) + "\n"
+
+
+def _idle_tokens(method: str) -> str:
+    return f"[tokens] is given but cache.method is {method}: set it to toca, duca or modules, or leave [tokens] out."
 
 
 def recipe_names() -> list[str]:

@@ -119,6 +119,8 @@ class Report:
             if self.timed and estimate:
                 parts.append(f"about {self.estimated_speedup:.1f}x")
             parts.append(f"cache {self.cache_mib:.1f} MiB")
+        elif self.evaluations and not self.recipe.get("cache"):
+            parts.append("no cache asked for")
         elif self.evaluations:
             parts.append(f"nothing reused: {self._why_nothing()}")
         skipped = sum(map(len, (self.recipe.get("skip") or {}).values()))
@@ -165,6 +167,9 @@ class Report:
 
     def __str__(self) -> str:
         return self.line()
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.line()}>"
 
 
 # Devices on which a Clock measures work done. Elsewhere (MPS) the wall clock sees only its launch.

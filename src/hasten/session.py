@@ -62,11 +62,13 @@ class Session:
             self.timeline, plan, cache = Timeline.sorted(sigmas), plan.without_reuse(), Cache()
         self.plan, self._cache, self._followed = plan, cache, not reason
         self.report = Report(recipe=recipe.to_dict(), intervals=self.timeline.intervals)
-        for remark in (*remarks, *unused(recipe.cache)):
+        whole = before is not None or self.timeline.sigmas[0] >= WHOLE  # else a late part of nobody knows what
+        steps = self.timeline.before + self.timeline.intervals if whole else None
+        for remark in (*remarks, *unused(recipe.cache, recipe.attention, steps=steps)):
             self.report.note(remark)
         if reason:
             self.report.note(reason)
-        elif before is None and self.timeline.sigmas[0] < WHOLE and cache.method in ("magcache", "schedule"):
+        elif not whole and cache.method in ("magcache", "schedule"):
             self.report.note(
                 f"the run begins at sigma {self.timeline.sigmas[0]:.3g}, at which step of a whole run is not known: "
                 f"cache.{'ratios' if cache.method == 'magcache' else 'steps'} are read from their beginning"

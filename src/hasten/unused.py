@@ -1,4 +1,4 @@
-"""unused.py finds settings of a recipe's cache that its method or its predictor takes no notice of.
+"""unused.py finds settings of a recipe that its method, its predictor or its attention takes no notice of.
 
 They are no error, for a threshold may be kept while methods are tried out; but the report says it, so that nobody turns
 a knob that is connected to nothing.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from hasten.recipe import Cache
+from hasten.recipe import Attention, Cache
 
 MEASURED = ("fbcache", "mbcache", "teacache", "easycache", "magcache")
 # Which methods look at a setting; those of no single method are not here.
@@ -34,9 +34,23 @@ FORECAST_BY = {
 }
 
 
-def unused(cache: Cache) -> list[str]:
-    """One sentence for each setting that differs from its default and that nothing looks at."""
-    said = []
+# The same for attention's back-ends.
+ATTENDED_BY = {"keep": ("sparse", "sol")}
+
+
+def unused(cache: Cache, attention: Attention, *, steps: int | None) -> list[str]:
+    """One sentence for each setting that differs from its default and that nothing looks at.
+
+    steps: of the whole schedule, None where that is not known; a list without `of` may name some that lie beyond.
+    """
+    said = [
+        f"attention.{name} is not used by attention.backend {attention.backend}, only by {' or '.join(takers)}"
+        for name, takers in ATTENDED_BY.items()
+        if getattr(attention, name) != getattr(Attention(), name) and attention.backend not in takers
+    ]
+    beyond = [step for step in cache.steps if steps is not None and step >= steps]
+    if cache.method == "schedule" and not cache.of and beyond:
+        said.append(f"cache.steps names step {beyond[0]}, beyond this run's {steps}: cache.of says how long its run is")
     for f in fields(cache):
         if getattr(cache, f.name) == f.default:
             continue

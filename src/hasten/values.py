@@ -48,7 +48,7 @@ def known(where: str, data: Mapping[str, Any], names: list[str]) -> None:
 
 def nearest(given: str, names: Sequence[str]) -> str:
     """The name that was probably meant, and all that there are."""
-    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
     listed = ", ".join(names)
     return f"did you mean {close[0]!r}? Known are {listed}" if close else f"known are {listed}"
 
