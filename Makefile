@@ -60,9 +60,10 @@ $(READY): pyproject.toml constraints.txt
 	    echo "hasten needs Python 3.10 or newer as '$(PYTHON)': on Debian run 'sudo apt install python3 python3-venv', or name one: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	    echo "$(PYTHON) cannot make virtual environments: on Debian run 'sudo apt install python3-venv', then make again." >&2; exit 2; }
-	@echo "Setting up $(VENV) (once; torch and its friends are large, so this takes some minutes)."
+	@echo "Setting up $(VENV), once. This downloads torch and its friends: gigabytes where torch brings CUDA along, some minutes,"
+	@echo "and pip is quiet meanwhile."
 	@test "$(READY_IN)" = "$(CURDIR)" || $(PYTHON) -m venv --clear $(VENV)
 	@rm -f $@
-	@$(VENV)/bin/python -m pip install --upgrade pip
-	@$(VENV)/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	@$(VENV)/bin/python -m pip install -q --upgrade pip
+	@$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"
 	@printf '%s\n' "$(CURDIR)" > $@

@@ -94,7 +94,7 @@ class Accumulated:
         self.total = 0.0
 
     def why(self, change: float | None, seam: int) -> str:
-        return f"changes add up to {self.total:.3g}, threshold {self.threshold:g}"
+        return f"sum of changes {self.total:.3g}, threshold {self.threshold:g}"
 
 
 class Magnitude:
