@@ -89,6 +89,7 @@ def test_a_cut_prompt_is_remarked(model: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--size", "0x256"], "the width is 0: at least 16 is allowed"),
         (["--size", "250x256"], "the width is 250: it must be divisible by 16"),
         (["--size", "big"], "the size is 'big'"),
         (["--steps", "0"], "steps is 0"),

@@ -38,7 +38,7 @@ def doubt(showings: Sequence[Showing]) -> str:
 
     A run cannot save more time than evaluations, and uncached pictures of one size take the same time.
     """
-    sentence = "this machine was busy, so the times are not to be trusted ({}): run it again when it is not."
+    sentence = "this machine was busy or still warming up, so the times are not to be trusted ({}): run it again."
     for showing in showings:
         for row in showing.rows[1:]:
             for shown in (row, row.fewer) if row.fewer is not None else (row,):
