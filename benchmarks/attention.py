@@ -186,9 +186,9 @@ def readme(file: Path) -> None:
         for n in sizes:
             row, base = found[backend, density, "noise", str(n)], found["cudnn", "1.0", "noise", str(n)]
             cells.append(f"{float(row['ms']):.3f} ({float(base['ms']) / float(row['ms']):.2f}x)")
-        own = [found[backend, density, "noise", str(sizes[0])]]
-        own += [row for key, row in found.items() if key[:2] == (backend, density) and key[2] == "flux-nano"]
-        cells += [f"{float(row['rel_l1']):.4f}" for row in own]
+        cells.append(f"{float(found[backend, density, 'noise', str(sizes[0])]['rel_l1']):.4f}")
+        own = [row for key, row in found.items() if key[:2] == (backend, density) and key[2] == "flux-nano"]
+        cells.append(f"{float(own[0]['rel_l1']):.4f}" if own else "-")
         rows.append(cells)
     heads = [f"N = {n}, ms (against cuDNN)" for n in sizes]
     rewrite("attention", ("back-end", *heads, "error on noise", "error on flux-nano"), rows)
