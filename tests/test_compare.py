@@ -107,6 +107,21 @@ def test_every_recipe_stands_beside_as_many_plain_steps() -> None:
     assert painter.steps_drawn == [8, 8, 4, 8, 2, 8]
 
 
+def test_the_quickest_of_several_takes_counts() -> None:
+    painter = FakePainter({"half": 4})
+    paint, painted = painter.paint, []
+
+    def slow_at_first(request: Request, recipe: Recipe, **more: object) -> Drawing:
+        drawing = paint(request, recipe, **more)
+        painted.append(replace(drawing, wall_s=drawing.wall_s * (3.0 if len(painted) % 2 == 0 else 1.0)))
+        return painted[-1]
+
+    painter.paint = slow_at_first  # type: ignore[method-assign]
+    rows = compare_recipes(painter, Request("x", steps=8), [("half", Recipe(name="half"))], takes=2)
+    assert painter.steps_drawn == [8, 8, 8, 8, 4, 4]
+    assert [row.drawing.wall_s for row in rows] == [painted[1].wall_s, painted[3].wall_s]
+
+
 def test_a_recipe_that_computes_everything_is_its_own_rival() -> None:
     rows = compare_recipes(FakePainter({"all": 8}), Request("x", steps=8), [("all", Recipe(name="all"))])
     assert rows[1].fewer is rows[0]

@@ -29,6 +29,8 @@ PROMPTS = (
 )
 # The quick one ends within a minute on two CPU cores; --full is what flux-nano was trained for.
 QUICK_PROMPTS, QUICK_SIDE, QUICK_STEPS = 2, 128, 28
+# A picture takes a second: what else the machine does then would be a good part of it.
+TAKES = 2
 FULL_SIDE, FULL_STEPS = 256, 28
 # Shown beside the first one: what it was trained for, one prompt unless all are asked for.
 OTHER_MODEL, OTHER_SIDE, OTHER_STEPS, OTHER_GUIDANCE = "sana-nano", 256, 20, 4.5
@@ -44,26 +46,32 @@ def run_demo(
     side, steps = (FULL_SIDE, FULL_STEPS) if full else (QUICK_SIDE, QUICK_STEPS)
     prompts = PROMPTS if full else PROMPTS[:QUICK_PROMPTS]
     requests = [Request(prompt, steps=steps, width=side, height=side) for prompt in prompts]
-    shown = show(painter, requests, recipe_names(), progress=progress)
+    takes = 1 if full else TAKES
+    shown = show(painter, requests, recipe_names(), takes=takes, progress=progress)
     if other is None:
         return shown
     also = [
         Request(prompt, steps=OTHER_STEPS, width=OTHER_SIDE, height=OTHER_SIDE, guidance=OTHER_GUIDANCE)
         for prompt in (PROMPTS if full else PROMPTS[:1])
     ]
-    return replace(shown, other=show(other, also, recipe_names(), progress=progress))
+    return replace(shown, other=show(other, also, recipe_names(), takes=takes, progress=progress))
 
 
 def show(
-    painter: Painter, requests: Sequence[Request], names: Sequence[str], *, progress: Progress | None = None
+    painter: Painter,
+    requests: Sequence[Request],
+    names: Sequence[str],
+    *,
+    takes: int = 1,
+    progress: Progress | None = None,
 ) -> Demo:
-    """Draws each request plainly and under each recipe. names: shipped names or files."""
+    """Draws each request plainly and under each recipe. names: shipped names or files; takes: see compare_recipes."""
     if not names:
         raise ValueError("there is no recipe to show: hasten's recipes folder is empty; reinstall hasten.")
     recipes = [(str(name), Recipe.load(name)) for name in names]
     recipes = [(recipe.name or name, recipe) for name, recipe in recipes]
     warm_up(painter, requests[0], [recipe for _, recipe in recipes])
-    showings = [Showing(r, compare_recipes(painter, r, recipes, progress=progress)) for r in requests]
+    showings = [Showing(r, compare_recipes(painter, r, recipes, takes=takes, progress=progress)) for r in requests]
     return Demo(painter, showings, {name: recipe.description for name, recipe in recipes})
 
 

@@ -78,8 +78,8 @@ and what it cost.</p>
 </dl>
 </section>
 </main>
-<footer>Written by <code>hasten demo</code> {escape(_version())}. The figures are of this run on this machine and
-change a little from run to run; the pictures do not.</footer>
+<footer>Written by <code>hasten demo</code> {escape(_version())}. The figures are of this run on this machine,
+in the quick demo the quicker of two takes; they change a little from run to run, the pictures do not.</footer>
 </body>
 </html>
 """
