@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import functools
 import gc
 import os
 import statistics
@@ -27,13 +26,14 @@ from typing import Any
 
 import torch
 from reused_step import rows as reused_rows
+from step_model import make_inputs, make_model
+from step_stacks import MAIN, STACKS, cudnn, ours
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 COLUMNS = ("stack", "size", "ms_per_step", "first_call_s", "graphs", "peak_gib", "rel_l2_bf16", "rel_l2_fp32")
 SIZES = ("1024x1024", "512x512", "1536x1024", "2048x2048")
-TEXT = 512
 
 
 def main() -> None:
@@ -105,26 +105,6 @@ def size_name(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
 
 
-TINY = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2, "joint_attention_dim": 64}
-
-
-def make_model(device: str, *, tiny: bool, **settings: Any) -> Any:
-    """A FluxTransformer2DModel in bfloat16 whose weights are drawn on the device itself."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(guidance_embeds=True, **(TINY if tiny else {}) | settings)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval()
-    generator = torch.Generator(device).manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            is_norm = ".norm_" in name and name.endswith("weight")
-            parameter.fill_(1.0) if is_norm else parameter.normal_(0.0, 0.02, generator=generator)
-        else:  # activations keep their size from layer to layer
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-    return model
-
-
 def new_graphs(device: str, *, tiny: bool) -> dict[str, Any]:
     """The row of the graphs that our stack compiles after its warm-up, over all that a user changes between runs.
 
@@ -165,31 +145,6 @@ def new_graphs(device: str, *, tiny: bool) -> dict[str, Any]:
         call(sizes[0])
     what = "after warm-up: 6 sizes, 3 batches, 4 recipes, a LoRA merged and taken out"
     return {"stack": f"ours-fp8 {what}", "size": "6 sizes", "graphs": graphs() - warm}
-
-
-def make_inputs(model: Any, width: int, height: int) -> dict[str, Any]:
-    """What one call takes for a picture of that size and a prompt of 512 tokens."""
-    device, dtype = model.device, model.dtype
-    rows, columns = height // 16, width // 16
-    generator = torch.Generator(device).manual_seed(1)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-    ids = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
-    ids[..., 1] += torch.arange(rows, device=device)[:, None]
-    ids[..., 2] += torch.arange(columns, device=device)[None, :]
-    # A timestep and a guidance that bfloat16 holds exactly, thousandfold too: else float32 would see other ones.
-    return {
-        "hidden_states": noise(1, rows * columns, model.config.in_channels),
-        "encoder_hidden_states": noise(1, TEXT, model.config.joint_attention_dim),
-        "pooled_projections": noise(1, model.config.pooled_projection_dim),
-        "timestep": torch.full((1,), 0.5, device=device, dtype=dtype),
-        "guidance": torch.full((1,), 4.0, device=device, dtype=torch.float32),
-        "img_ids": ids.flatten(0, 1),
-        "txt_ids": torch.zeros(TEXT, 3, device=device, dtype=dtype),
-        "return_dict": False,
-    }
 
 
 def reference_fp32(model: Any, inputs: dict[Any, dict[str, Any]]) -> dict[Any, Tensor]:
@@ -341,147 +296,6 @@ def table(path: Path) -> None:
     header = ("stack", "size", "ms a step", "first call, s", "graphs", "peak, GiB", "error to bf16", "error to float32")
     with path.open(newline="", encoding="utf-8") as file:
         rewrite("flux_dev_step", header, [[row[c] for c in COLUMNS] for row in csv.DictReader(file)])
-
-
-def unique_graphs() -> Callable[[], int]:
-    """Counts what torch compiled since now."""
-    from torch._dynamo.utils import counters
-
-    before = counters["stats"]["unique_graphs"]
-    return lambda: counters["stats"]["unique_graphs"] - before
-
-
-def cudnn(model: Any) -> None:
-    """cuDNN's attention, the fastest in 16 bits on Hopper; off a GPU the usual one."""
-    if model.device.type == "cuda":
-        model.set_attention_backend("_native_cudnn")
-
-
-def eager(model: Any) -> Callable[[], int]:
-    return unique_graphs()
-
-
-def eager_cudnn(model: Any) -> Callable[[], int]:
-    cudnn(model)
-    return unique_graphs()
-
-
-def compile_whole(model: Any) -> Callable[[], int]:
-    cudnn(model)
-    model.compile()
-    return unique_graphs()
-
-
-def compile_regional(model: Any) -> Callable[[], int]:
-    cudnn(model)
-    model.compile_repeated_blocks(fullgraph=True)
-    return unique_graphs()
-
-
-def torchao_fp8(model: Any, *, tuned: bool = False) -> Callable[[], int]:
-    """torchao's row-wise fp8, blocks compiled.
-
-    tuned: with its settings for inductor, which try every kernel's launches out (two minutes) and stay set.
-    """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    from hasten.hosts.diffusers_stack import QUANTISED
-
-    def wanted(module: Any, path: str) -> bool:
-        _, _, inside = path.partition("transformer_blocks.")
-        return isinstance(module, torch.nn.Linear) and inside.partition(".")[2].startswith(QUANTISED)
-
-    cudnn(model)
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned)
-    quantize_(model, config, filter_fn=wanted)
-    model.compile_repeated_blocks(fullgraph=True)
-    return unique_graphs()
-
-
-class KitchenLinear(torch.nn.Module):
-    """A linear layer in comfy-kitchen's int8: weights by rows, activations by rows as they come."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__()
-        import comfy_kitchen
-
-        self.multiply, self.bias = comfy_kitchen.int8_linear, layer.bias
-        self.weight, self.scale = comfy_kitchen.quantize_int8_rowwise(layer.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x, self.weight, self.scale, self.bias, out_dtype=x.dtype)
-
-
-def kitchen_int8(model: Any) -> Callable[[], int]:
-    """Every layer that ours quantises too; not compiled, as in ComfyUI, for its calls are no operations of torch."""
-    from hasten.hosts.diffusers_stack import QUANTISED, blocks_of
-
-    cudnn(model)
-    for block in blocks_of(model):
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, torch.nn.Linear) and name.startswith(QUANTISED):
-                parent, _, last = name.rpartition(".")
-                setattr(block.get_submodule(parent), last, KitchenLinear(layer))
-    return unique_graphs()
-
-
-def ours(
-    bits: str | None = None,
-    *,
-    compiled: bool = True,
-    fuse: bool = True,
-    graph: str = "auto",
-    attention: str = "",
-) -> Callable[[Any], Callable[[], int]]:
-    """Our stack: fused passes, 16 bits or fp8, regional compile, launches replayed."""
-
-    def stack(model: Any) -> Callable[[], int]:
-        from hasten.hosts.diffusers_stack import Stack
-        from hasten.sections import Compile, Quantize
-
-        cudnn(model)
-        how = Compile(blocks=compiled, fuse="always" if fuse else "never", cuda_graph=graph)
-        wanted = bits if bits is None or model.device.type == "cuda" else "int8"  # a CPU, to try it out, has no fp8
-        done = Stack(model, how, Quantize(format=wanted or "none", keep=False))
-        if attention:
-            from hasten.hosts.diffusers_attention import HungAttention
-            from hasten.hosts.diffusers_stack import blocks_of
-            from hasten.recipe import Attention
-
-            HungAttention(blocks_of(model), Attention(backend=attention))
-
-        def graphs() -> int:
-            for note in done.notes:
-                print(note)
-            if done.replays is not None:
-                print(f"  recordings {done.replays.bytes / 2**20:.0f} MiB")
-            return done.graphs
-
-        return graphs
-
-    return stack
-
-
-# In the order of their worth: what comes late may not be reached within a budget.
-STACKS: dict[str, Callable[[Any], Callable[[], int]]] = {
-    "regional": compile_regional,
-    "ours-bf16": ours(),
-    "ours-fp8": ours("fp8"),
-    "ours-fp8-int8": ours("fp8", attention="int8_fp8"),
-    "torchao-fp8": torchao_fp8,
-    "eager": eager,
-    "kitchen-int8": kitchen_int8,
-    "ours-bf16-int8": ours(attention="int8_fp8"),
-    "eager-cudnn": eager_cudnn,
-    "ours-fp8-unfused": ours("fp8", fuse=False),
-    "ours-bf16-launched": ours(graph="never"),
-    "ours-fp8-launched": ours("fp8", graph="never"),
-    "ours-fp8-uncompiled": ours("fp8", compiled=False, graph="always"),
-    "whole": compile_whole,
-    "torchao-fp8-tuned": functools.partial(torchao_fp8, tuned=True),
-}
-# Measured at every size; the others at the first alone.
-MAIN = ("regional", "ours-bf16", "ours-fp8", "ours-fp8-int8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from flux_dev_step import make_inputs, make_model  # noqa: E402
+from step_model import make_inputs, make_model  # noqa: E402
 
 import hasten  # noqa: E402
 from hasten.kernels import chosen_rows, eight_rows, gated_forecast, gated_sum, received, rotation  # noqa: E402
