@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from hasten.kernels import linear, rows  # noqa: E402
+from hasten.kernels.modulation import modulation, modulation_by_torch  # noqa: E402
 
 COPY = 4.27e12  # bytes a second, read and written, measured on an H200
 FP8 = torch.float8_e4m3fn
@@ -40,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    table = [*passes(args.tokens, inductor=not args.skip_inductor), *products(args.tokens)]
+    table = [*passes(args.tokens, inductor=not args.skip_inductor), *products(args.tokens), *modulations()]
     columns = ("what", "us", "inductor_us", "floor_us", "error")
     for row in table:
         print("  ".join(f"{row.get(c, '')!s:>10}" for c in columns[1:]), row["what"], flush=True)
@@ -129,7 +130,6 @@ def passes(tokens: int, *, inductor: bool) -> Any:
 
 def products(tokens: int) -> Any:
     """Matrix products in the forms that a block may choose from."""
-    image = tokens - TEXT
     x = noise(tokens, C)
     x8, xs = rows.split_streams(x[None], 0, dtype=FP8)
 
@@ -203,14 +203,31 @@ def products(tokens: int) -> Any:
         work,
         1300,
     )
-    assert image > 0
-    for width in (3 * C, 6 * C):
-        vector, (weight, bias) = noise(1, C), layer(width)
-        yield {
-            "what": f"modulation {C} to {width}, one row",
-            "us": clock(lambda v=vector, w=weight, b=bias: torch.nn.functional.linear(v, w, b)),
-            "floor_us": round(width * C * 2 / COPY * 1e6, 1),
+
+
+def modulations() -> Any:
+    """A block's vector through silu and its modulation layers: both streams' of a double block, a single block's."""
+    for width, streams in ((6 * C, 2), (3 * C, 1)):
+        vector, weights = noise(1, C), [noise(width, C, size=C**-0.5) for _ in range(streams)]
+        layers = [(weight, noise(width)) for weight in weights]
+        exact = modulation_by_torch(vector.float(), [w.float() for w, _ in layers], [b.float() for _, b in layers])
+        shape = f"{C} to {width}, one row" + (", two streams" if streams == 2 else "")
+        forms: dict[str, Callable[[], Any]] = {
+            f"modulation {shape}": lambda v=vector, found=layers: tuple(modulation(v, found)),
+            f"modulation by torch {shape}": lambda v=vector, found=layers: by_torch(v, found),
         }
+        for name, call in forms.items():
+            yield {
+                "what": name,
+                "us": clock(call),
+                "floor_us": round(streams * width * C * 2 / COPY * 1e6, 1),
+                "error": f"{largest_error(call(), tuple(exact)):.1e}",
+            }
+
+
+def by_torch(vector: Tensor, layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+    given = torch.nn.functional.silu(vector)
+    return tuple(torch.nn.functional.linear(given, weight, bias) for weight, bias in layers)
 
 
 def product(name: str, call: Callable[[], Any], work: float, rate: float) -> dict[str, Any]:

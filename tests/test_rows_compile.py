@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.kernels import gated_conv, linear_attention, residual_sums, rows
+from hasten.kernels import gated_conv, linear_attention, modulation, residual_sums, rows
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET"):
@@ -90,6 +90,12 @@ WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
     "norm_rope": lambda b, t, n, dtype, joint: rows.norm_rope_by_triton(
         *(noise(b * (t + n), 1024), (noise(128),) * 4, noise(t + n, 64), noise(t + n, 64)),
         *(b, t, 2, joint, 1e-6),
+    ),
+    "modulation of one layer": lambda b, t, n, dtype, joint: modulation.modulation_by_triton(
+        noise(b, 256), [noise(1536, 256)], [noise(1536)]
+    ),
+    "modulation of two layers": lambda b, t, n, dtype, joint: modulation.modulation_by_triton(
+        noise(b, 384), [noise(768, 384)] * 2, [noise(768)] * 2
     ),
     "gated_conv": lambda b, t, n, dtype, joint: gated_conv.gated_conv_by_triton(
         noise(b, (t + n) * n, 128), noise(128, 1, 3, 3), noise(128), t + n, n

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.kernels import linear, rows
+from hasten.kernels.modulation import modulation
 from hasten.quantize import Linear8
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, L + N, H, D) three times to the same shape
@@ -67,10 +68,10 @@ class Single(NamedTuple):
 
 
 def double(
-    block: Double, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend,
+    block: Double, text: Tensor, image: Tensor, vector: Tensor, rope: Rope, attend: Attend,
     attend_rows: AttendRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Text (B, L, C) and image (B, N, C) after a double block; emb (B, C) is silu's result.
+    """Text (B, L, C) and image (B, N, C) after a double block; vector (B, C): the time's and prompt's, before silu.
 
     attend_rows: an attention that norms and rotates by itself, taken instead of `attend`.
     """
@@ -78,7 +79,7 @@ def double(
     batch, length, _ = text.shape
     split = batch * length
     # Six parts of C each: shift, scale, gate around attention, then around the two wide layers.
-    mods = of_text.mods(emb), of_image.mods(emb)
+    mods = _modulations(vector, of_text.mods, of_image.mods)
     bits = _row_dtype(of_image.qkv)
     given = rows.norm_modulate(text, image, *mods, shift=0, scale=1, joint=False, dtype=bits)
     qkv = _linear(given, split, of_text.qkv, of_image.qkv, image.dtype)
@@ -98,12 +99,12 @@ def double(
 
 
 def single(
-    block: Single, text: Tensor, image: Tensor, emb: Tensor, rope: Rope, attend: Attend,
+    block: Single, text: Tensor, image: Tensor, vector: Tensor, rope: Rope, attend: Attend,
     attend_rows: AttendRows | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Text (B, L, C) and image (B, N, C) after a single block; emb (B, C) is silu's result."""
+    """Text (B, L, C) and image (B, N, C) after a single block; vector (B, C): the time's and prompt's, before silu."""
     batch, length, _ = text.shape
-    mods = block.mods(emb)
+    (mods,) = _modulations(vector, block.mods)
     bits = _row_dtype(block.down)
     given = rows.norm_modulate(text, image, mods, mods, shift=0, scale=1, joint=True, dtype=bits)
     wide = _linear(given, 0, (), block.qkv if bits is None else (*block.qkv, *block.up), image.dtype)
@@ -118,6 +119,14 @@ def single(
         given = rows.gelu_beside(attended, wide[:, 3 * attended.shape[1] :], dtype=bits)
         update = _linear(given, 0, (), block.down, image.dtype)
     return rows.add_gated(text, image, update, mods, mods, gate=2, joint=True)
+
+
+def _modulations(vector: Tensor, *layers: nn.Linear) -> Sequence[Tensor]:
+    """What each layer makes of silu(vector), (B, O)."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        given = nn.functional.silu(vector)
+        return [layer(given) for layer in layers]
+    return modulation(vector, [(layer.weight, layer.bias) for layer in layers]).unbind()
 
 
 def _attended(
