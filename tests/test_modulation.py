@@ -18,7 +18,7 @@ if not torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
     pytest.skip("without a GPU Triton's interpreter is needed: TRITON_INTERPRET=1", allow_module_level=True)
 
 STEPS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
-SHAPES = [(1, 1, 1, 1), (1, 18, 33, 2), (2, 7, 48, 1), (3, 1, 130, 2), (4, 40, 1500, 2)]  # batch, outputs, C, layers
+SHAPES = [(1, 1, 1), (18, 33, 2), (7, 48, 1), (1, 130, 2), (41, 1500, 2)]  # outputs, C, layers
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,36 +38,32 @@ def agree(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(STEPS))
-@pytest.mark.parametrize(("batch", "outputs", "inner", "count"), SHAPES)
-def test_the_kernel_equals_float32(batch: int, outputs: int, inner: int, count: int, dtype: torch.dtype) -> None:
-    vector = noise(batch, inner, dtype=dtype) * 4
+@pytest.mark.parametrize(("outputs", "inner", "count"), SHAPES)
+def test_the_kernel_equals_float32(outputs: int, inner: int, count: int, dtype: torch.dtype) -> None:
+    vector = noise(1, inner, dtype=dtype) * 4
     weights, biases = layers_of(count, outputs, inner, dtype)
     exact = modulation_by_torch(vector.float(), [w.float() for w in weights], [b.float() for b in biases])
     agree(modulation_by_triton(vector, weights, biases), exact, dtype)
     agree(modulation_by_triton(vector, weights, biases, rows=2, warps=8, programs=3, stages=2), exact, dtype)
 
 
-def test_nan_and_infinity_reach_only_what_they_belong_to() -> None:
-    vector = noise(2, 64)
+def test_nan_and_infinity_reach_what_they_belong_to() -> None:
     weights, biases = layers_of(2, 12, 64, torch.float32)
-    vector[1, 3], weights[0][2, 5], biases[1][7] = float("nan"), float("inf"), float("nan")
-    found = modulation_by_triton(vector, weights, biases)
-    agree(found, modulation_by_torch(vector, weights, biases), torch.float32)
-    assert found[:, 1].isnan().all() and found[0, 0].isfinite().sum() == 11 and found[1, 0].isnan().sum() == 1
-
-
-def test_a_vector_whose_rows_lie_apart_is_read_where_it_lies() -> None:
-    wide = noise(3, 100, dtype=torch.bfloat16)
-    weights, biases = layers_of(1, 10, 40, torch.bfloat16)
-    found = modulation_by_triton(wide[:, 20:60], weights, biases)
-    assert torch.equal(found, modulation_by_triton(wide[:, 20:60].clone(), weights, biases))
-    across = modulation_by_triton(wide[:, 20:60].t().contiguous().t(), weights, biases)
-    assert torch.equal(found, across)
+    weights[0][2, 5], biases[1][7] = float("inf"), float("nan")
+    found = modulation_by_triton(noise(1, 64), weights, biases)
+    agree(found, modulation_by_torch(noise(1, 64), weights, biases), torch.float32)
+    assert [int(layer.isfinite().sum()) for layer in found] == [11, 11]
+    for broken in (float("nan"), float("inf")):
+        vector = noise(1, 64)
+        vector[0, 3] = broken
+        agree(
+            modulation_by_triton(vector, weights, biases), modulation_by_torch(vector, weights, biases), torch.float32
+        )
 
 
 def test_it_is_what_silu_and_the_layers_give_and_torch_compile_sees_one_step() -> None:
     layers = [nn.Linear(16, 24, device="cuda" if torch.cuda.is_available() else "cpu") for _ in range(2)]
-    vector = noise(2, 16)
+    vector = noise(2, 16)  # two pictures: torch's own products
 
     def all_of(vector: Tensor) -> Tensor:
         return modulation(vector, [(layer.weight, layer.bias) for layer in layers])

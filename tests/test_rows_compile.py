@@ -92,10 +92,10 @@ WORK: dict[str, Callable[[int, int, int, torch.dtype, bool], Any]] = {
         *(b, t, 2, joint, 1e-6),
     ),
     "modulation of one layer": lambda b, t, n, dtype, joint: modulation.modulation_by_triton(
-        noise(b, 256), [noise(1536, 256)], [noise(1536)]
+        noise(1, 256), [noise(1536, 256)], [noise(1536)]
     ),
     "modulation of two layers": lambda b, t, n, dtype, joint: modulation.modulation_by_triton(
-        noise(b, 384), [noise(768, 384)] * 2, [noise(768)] * 2
+        noise(1, 384), [noise(768, 384)] * 2, [noise(768)] * 2
     ),
     "gated_conv": lambda b, t, n, dtype, joint: gated_conv.gated_conv_by_triton(
         noise(b, (t + n) * n, 128), noise(128, 1, 3, 3), noise(128), t + n, n

@@ -23,21 +23,17 @@ def _read(rows, known, first, INNER: tl.constexpr, BLOCK: tl.constexpr):  # type
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def modulate_rows(  # type: ignore[no-untyped-def]
-    x, weight0, weight1, bias0, bias1, out, width, groups, layers, x_row,
-    INNER: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, weight0, weight1, bias0, bias1, out, width, groups, layers,
+    INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """silu(x) times the rows of one or two layers' weights, ROWS of them in a turn. out: (layers, batch, width).
+    """silu(x) times the rows of one or two layers' weights, ROWS of them in a turn. out: (layers, width).
 
-    A program keeps one picture's silu(x), which lies in 1 or 3 blocks of columns, and takes rows in turns. Its
-    neighbours take the same rows for the other pictures, out of L2."""
-    b = tl.program_id(0) % BATCH
-    x += b * x_row
+    A program keeps silu(x), which lies in 1 or 3 blocks of columns, in registers."""
     x0 = _silu(x, 0, INNER, BLOCK)
     if PARTS == 3:
         x1 = _silu(x, BLOCK, INNER, BLOCK)
         x2 = _silu(x, 2 * BLOCK, INNER, BLOCK)
-    for turn in tl.range(tl.program_id(0) // BATCH, groups * layers, tl.num_programs(0) // BATCH, num_stages=STAGES):
+    for turn in tl.range(tl.program_id(0), groups * layers, tl.num_programs(0), num_stages=STAGES):
         second = turn >= groups
         row = tl.where(second, turn - groups, turn) * ROWS + tl.arange(0, ROWS)
         known = row < width
@@ -47,5 +43,5 @@ def modulate_rows(  # type: ignore[no-untyped-def]
             sums += _read(weight, known, BLOCK, INNER, BLOCK) * x1
             sums += _read(weight, known, 2 * BLOCK, INNER, BLOCK) * x2
         bias = tl.load(tl.where(second, bias1, bias0) + row, mask=known, other=0.0).to(tl.float32)
-        target = out + (tl.where(second, BATCH, 0) + b) * width
-        tl.store(target + row, (tl.sum(sums, 1) + bias).to(out.dtype.element_ty), mask=known)
+        target = out + tl.where(second, width, 0) + row
+        tl.store(target, (tl.sum(sums, 1) + bias).to(out.dtype.element_ty), mask=known)
