@@ -93,6 +93,14 @@ def test_modules_that_are_listened_to_are_called_in_their_turn_alone(early: None
     assert torch.equal(found, wanted) and len(heard) == 8
 
 
+def test_a_listener_at_the_rotation_hears_every_step() -> None:
+    pipe, heard = flux(), []
+    pipe.transformer.pos_embed.register_forward_hook(lambda *call: heard.append(1))
+    with hasten.accelerate(pipe, recipe("fbcache", threshold=0.0)):
+        paint(pipe, steps=4)
+    assert len(heard) == 4
+
+
 def test_positions_are_turned_into_angles_once_a_run() -> None:
     pipe = flux()
     made = counted(pipe.transformer.pos_embed)

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import hasten
 from hasten.attention_backends import BACKENDS, Backend
+from hasten.hosts.diffusers_attention import HungAttention
+from hasten.recipe import Attention
 
 
 def settings(backend: str, **attention: Any) -> dict[str, Any]:
@@ -126,6 +128,19 @@ def test_a_masked_word_between_others_is_left_out_too() -> None:
     assert float((latents - stock).norm() / stock.norm()) < 1e-5
     given["prompt_attention_mask"][0, 4] = 1
     assert float((sana.paint(pipe, steps=3, **given) - stock).norm() / stock.norm()) > 1e-4
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_written_in_place_is_looked_at_again(inference: bool) -> None:
+    blocks = list(sana.sana().transformer.transformer_blocks)
+    hung = HungAttention(blocks, Attention(backend="sdpa"))
+    with torch.inference_mode(inference):
+        mask = torch.tensor([[1, 1, 1, 0]])
+        hung.leave_out(mask)
+        assert hung.attention.kept == (3,)
+        mask[0, 2] = 0
+        hung.leave_out(mask)
+        assert hung.attention.kept == (2,)
 
 
 def test_a_bare_call_heeds_its_own_mask() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.capture import Recorded, obstacle
+from hasten.capture import Recorded, obstacle, without_collector
 
 TESTS = Path(__file__).resolve().parent
 
@@ -51,6 +52,18 @@ def test_another_allocator_is_an_obstacle_in_a_sentence(monkeypatch: pytest.Monk
     assert obstacle() is None
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert "this is cudaMallocAsync (in ComfyUI: start it with --disable-cuda-malloc)" in str(obstacle())
+
+
+def test_the_collector_stays_away_while_launches_are_taken_down() -> None:
+    for before in (True, False):
+        (gc.enable if before else gc.disable)()
+        try:
+            with pytest.raises(RuntimeError), without_collector():
+                assert not gc.isenabled()
+                raise RuntimeError("the capture fails")
+            assert gc.isenabled() == before
+        finally:
+            gc.enable()
 
 
 @pytest.mark.gpu

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from runs import flux, hastened, prompt, recipe
 
 import hasten
+from hasten import compile
 from hasten.compile import Compiler, cannot_compile
 
 RECIPES = {
@@ -187,3 +190,27 @@ def test_a_rotary_embedding_compiles_with_an_open_base() -> None:
     for tokens, theta in ((7, 10000), (9, 10000), (11, 20000)):
         places = torch.arange(tokens)[None]
         torch.testing.assert_close(compiled(places, 16, theta), rope(places, 16, theta))
+
+
+def test_threads_whose_calls_overlap_leave_torchs_flags_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch before 2.13, whose flags are all threads' own."""
+    flags = SimpleNamespace(use_duck_shape=True)
+    monkeypatch.setattr(torch.fx.experimental, "_config", flags)
+    monkeypatch.setattr(compile, "ONE_AT_A_TIME", threading.RLock())
+    compiler = Compiler(backend="eager", say=lambda text: None)
+    first_is_done = threading.Event()
+
+    def late(module: Any) -> None:
+        first_is_done.wait(10)
+        assert flags.use_duck_shape is False
+
+    other = threading.Thread(target=compiler._run, args=(late, torch.nn.Identity()))
+
+    def early(module: Any) -> None:
+        other.start()
+        other.join(0.05)
+
+    compiler._run(early, torch.nn.Identity())
+    first_is_done.set()
+    other.join()
+    assert flags.use_duck_shape is True

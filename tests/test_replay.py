@@ -5,15 +5,19 @@ The recorder is careless.py's, which spoils what a CUDA graph may spoil; the las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from careless import Careless, pools
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hasten.replay import Replays
+from hasten import replay
+from hasten.replay import Place, Replays
 
 
 class Model:
@@ -188,11 +192,74 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once() -> None:
 
 
 def test_without_room_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replays, "_has_room", lambda self, place, device: False)
+    monkeypatch.setattr(Replays, "_has_room", lambda self, place, block, device: False)
     ours, stock, everyone, _ = pair()
     for seed in range(4):
         assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
     assert everyone == [] and ours.counts == stock.counts
+
+
+def test_room_is_asked_for_until_it_is_there_and_its_want_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    ours, device = Replays(say=said.append), torch.device("cuda")
+    shares = iter([0.1, 0.1, 0.05, 0.5])
+    monkeypatch.setattr(replay, "unused_share", lambda device: next(shares))
+    one, other = (Place(lambda: Careless([])) for _ in range(2))
+    assert not ours._has_room(one, "first", device) and not ours._has_room(one, "second", device)
+    assert not ours._has_room(other, "first", device) and len(said) == 1
+    assert not ours._has_room(one, "first", device) and ours._has_room(one, "first", device)
+    assert ours._has_room(one, "second", device) and len(said) == 1  # recordings fill it up: it is not asked again
+
+
+SWITCHES: dict[str, Any] = {
+    "attention's kinds": lambda: sdpa_kernel([SDPBackend.MATH]),
+    "tf32": lambda: tf32("high"),
+    "determinism": lambda: deterministic(),
+}
+
+
+@contextmanager
+def tf32(word: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(word)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_torchs_own_switches_are_heard_and_recordings_from_before_kept(name: str) -> None:
+    torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())  # never set and set are two words
+    ours, stock, everyone, _ = pair()
+    for seed in range(3):
+        ours(*inputs(seed))
+    assert len(everyone) == 5 and replays(everyone) == 10
+    with SWITCHES[name]():
+        for seed in range(3, 6):
+            assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
+        assert len(everyone) == 10 and replays(everyone[:5]) == 10 and replays(everyone[5:]) == 10
+    ours(*inputs(6))
+    assert len(everyone) == 10 and replays(everyone[:5]) == 15
+
+
+def test_recordings_are_dropped_when_no_other_thread_replays_them() -> None:
+    ours, _, _, _ = pair()
+    for seed in range(3):
+        ours(*inputs(seed))
+    assert ours.replays is not None
+    with ours.replays._lock:
+        dropping = threading.Thread(target=ours.replays.drop)
+        dropping.start()
+        dropping.join(0.05)
+        assert dropping.is_alive() and ours.replays._places
+    dropping.join()
+    assert not ours.replays._places
 
 
 def test_with_gradients_and_on_a_cpu_everything_is_called_as_it_is() -> None:

@@ -3,11 +3,13 @@
 It needs torch's own allocator, which keeps what a graph allocates in a pool of its own. Under cudaMallocAsync, which
 ComfyUI chooses by default, an allocation is a step of the graph, and its memory is not there yet while launches are
 taken down: Triton refuses to launch on it, and torch ends the process where a capture fails (torch 2.11, Triton 3.6).
+What torch launches also depends on switches of the process; a recording stands for those it was made under.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,51 @@ def obstacle() -> str | None:
     return f"recordings need torch's own allocator, this is {backend} (in ComfyUI: start it with --disable-cuda-malloc)"
 
 
+def switches() -> Hashable:
+    """Torch's global switches that decide which kernels are launched: attention's kinds, precisions, determinism.
+
+    Asked before each replay: less than a microsecond in all.
+    """
+    return tuple(ask() for ask in _switches())
+
+
+@functools.cache
+def _switches() -> tuple[Callable[[], Any], ...]:
+    c: Any = torch._C
+    kinds = [getattr(c, f"_get_{kind}_sdp_enabled") for kind in ("flash", "mem_efficient", "math", "cudnn")]
+    # From 2.9 on torch refuses to give the one word for TF32 where its newer settings were used.
+    precision = getattr(c, "_get_fp32_precision_getter", None)
+    if precision is None:
+        kinds += [c._get_cublas_allow_tf32, c._get_cudnn_allow_tf32]
+    else:
+        kinds += [functools.partial(precision, "cuda", what) for what in ("matmul", "conv")]
+    order = getattr(c, "_get_sdp_priority_order", None)
+    return (
+        *kinds,
+        *([] if order is None else [lambda: tuple(order())]),
+        c._get_cublas_allow_fp16_reduced_precision_reduction,
+        c._get_cublas_allow_bf16_reduced_precision_reduction,
+        c._get_deterministic_algorithms,
+        c._get_cudnn_deterministic,
+        c._get_cudnn_benchmark,
+    )
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's cyclic collector stays away: it may free somebody's graph or tensor, and no pool may be unmapped then.
+
+    Collecting beforehand, as torch.cuda.graph does, takes longer than all of a block's launches.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @contextmanager
 def taking_down(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = None) -> Iterator[None]:
     """What is launched meanwhile is not done but taken down in `graph`. Raises what torch does where it cannot be.
@@ -40,15 +87,16 @@ def taking_down(graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any = N
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 _take_workspaces(device)
-                # Other threads may go on with the device: another model, a preview.
-                if pool is None:
-                    graph.capture_begin(capture_error_mode="thread_local")
-                else:
-                    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    yield
-                finally:
-                    graph.capture_end()
+                with without_collector():
+                    # Other threads may go on with the device: another model, a preview.
+                    if pool is None:
+                        graph.capture_begin(capture_error_mode="thread_local")
+                    else:
+                        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                    try:
+                        yield
+                    finally:
+                        graph.capture_end()
             current.wait_stream(stream)
 
 
@@ -57,7 +105,7 @@ class Recorded:
 
     def __init__(self, run: Run, given: Sequence[Tensor], reads: Sequence[Tensor], state: Hashable) -> None:
         """Records, without running it. reads: tensors whose addresses it takes. Raises what the recording raises."""
-        self._state = state
+        self._state, self._switches = state, switches()
         self._given = [tensor.clone() for tensor in given]
         self._reads = [(tensor, tensor.data_ptr()) for tensor in reads]
         self._graph = torch.cuda.CUDAGraph()
@@ -70,6 +118,7 @@ class Recorded:
         return (
             alike
             and state == self._state
+            and switches() == self._switches
             and len(reads) == len(self._reads)
             and all(now is own and now.data_ptr() == at for now, (own, at) in zip(reads, self._reads, strict=True))
         )

@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import shutil
+import threading
 import time
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,9 @@ from torch import Tensor, nn
 INDUCTOR = "inductor"
 Call = Callable[..., Any]
 
+# Before 2.13 torch keeps its flags for all threads: of two that set one and put it back in turns the later would put
+# back what the earlier had set.
+ONE_AT_A_TIME: AbstractContextManager[Any] = nullcontext() if torch.__version__ >= "2.13" else threading.RLock()
 
 # What compiling raises; torch's own limit of graphs for one class, 8, is none of its usual kinds.
 FAILURES: tuple[type[Exception], ...] = (
@@ -117,14 +122,15 @@ class Compiler:
         # Two sizes that happen to be equal (3072 tokens, 3072 channels) are not one size for ever. Set by hand: the
         # flags' own `patch` takes as long as a block's launches.
         flags: Any = torch.fx.experimental._config
-        before, flags.use_duck_shape = flags.use_duck_shape, False
-        try:
-            return compiled(module, *args, **kwargs)
-        except FAILURES as error:  # compiling failed; nothing was run yet
-            self._give_up(type(module), error)
-            return module._call_impl(*args, **kwargs)
-        finally:
-            flags.use_duck_shape = before
+        with ONE_AT_A_TIME:
+            before, flags.use_duck_shape = flags.use_duck_shape, False
+            try:
+                return compiled(module, *args, **kwargs)
+            except FAILURES as error:  # compiling failed; nothing was run yet
+                self._give_up(type(module), error)
+            finally:
+                flags.use_duck_shape = before
+        return module._call_impl(*args, **kwargs)
 
     def _give_up(self, kind: type, error: Exception) -> None:
         """Says why modules of that kind, or what would need more graphs, run uncompiled from now on."""

@@ -2,7 +2,8 @@
 
 A block of FLUX.1-dev launches a dozen kernels, and in 8 bits the GPU is done with them sooner than Python is with the
 next dozen. It knows calls that take tensors and give tensors, neither families nor hosts: what else a recording stands
-on (where the weights lie, which attention) a host hands over as `marks`; other marks, another recording.
+on (where the weights lie, which attention) a host hands over as `marks`; other marks, another recording. So are torch's
+global switches, which are looked at here.
 
 Inputs are copied to where the recording reads them, unless they are there already: what one block gave out lies where
 the next one's recording reads. Results are lent: the memory that the recording wrote, without a copy. Before anything
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hasten.capture import obstacle, taking_down
+from hasten.capture import obstacle, switches, taking_down
 
 # Sizes whose recordings are kept; the one that was longest not met makes room. Each keeps about what one block needs
 # while it runs: some 0.4 GB for FLUX.1-dev at 1024x1024.
@@ -91,7 +92,8 @@ class Place:
         self.make = make
         self.met: dict[Hashable, Hashable] = {}
         self.recorded: dict[Hashable, Recorded] = {}
-        self.has_room: bool | None = None
+        self.has_room = False
+        self.asked_by: Hashable = None
         self.lends = lends
         # What was lent and, when last looked at, not given back, by its storage; with how many have that at rest.
         self._lent: dict[int, tuple[Tensor, int]] = {}
@@ -200,6 +202,7 @@ class Replays:
         self._on_cuda_alone = make is None
         self._places: dict[Hashable, Place] = {}
         self._lock = threading.Lock()
+        self._said_full = False
 
     def run(
         self,
@@ -246,7 +249,7 @@ class Replays:
         if place.met.get(block) != marks:
             place.met[block] = marks
             return None
-        if not self._has_room(place, given[0].device):
+        if not self._has_room(place, block, given[0].device):
             return None
         return self._recorded(place, block, marks, given, call, {} if counts is None else counts)
 
@@ -261,6 +264,10 @@ class Replays:
 
     def drop(self) -> None:
         """Forgets every recording and gives its memory back."""
+        with self._lock:  # another thread may be replaying
+            self._drop()
+
+    def _drop(self) -> None:
         if self._places and self._on_cuda_alone:
             torch.cuda.synchronize()
         self._places.clear()
@@ -282,7 +289,8 @@ class Replays:
     def _place_for(self, given: Sequence[Tensor]) -> Place:
         device = given[0].device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        size: Hashable = (device, stream, torch.is_inference_mode_enabled(), *((t.shape, t.dtype) for t in given))
+        shapes = tuple((t.shape, t.dtype) for t in given)
+        size: Hashable = (device, stream, torch.is_inference_mode_enabled(), switches(), shapes)
         place = self._places.pop(size, None)
         if place is None:
             if len(self._places) >= self._sizes:
@@ -293,12 +301,18 @@ class Replays:
         self._places[size] = place  # the latest at the end
         return place
 
-    def _has_room(self, place: Place, device: torch.device) -> bool:
-        """Whether enough of the device's memory is unused, asked once for each size."""
-        if place.has_room is None:
-            place.has_room = device.type != "cuda" or unused_share(device) >= ROOM
-            if not place.has_room:
-                self._say("launches are not recorded: less than an eighth of the GPU's memory is unused")
+    def _has_room(self, place: Place, block: Hashable, device: torch.device) -> bool:
+        """Whether enough of the device's memory is unused.
+
+        Until it is, one block of each size asks again at each of its calls: a text encoder may have gone since.
+        """
+        if place.has_room or place.asked_by not in (None, block):
+            return place.has_room
+        place.asked_by = block
+        place.has_room = device.type != "cuda" or unused_share(device) >= ROOM
+        if not place.has_room and not self._said_full:
+            self._said_full = True
+            self._say("launches are not recorded while less than an eighth of the GPU's memory is unused")
         return place.has_room
 
     def _recorded(
@@ -316,7 +330,7 @@ class Replays:
             done = place.record(block, marks, given, call, counts)
         except RuntimeError as error:  # out of memory is one
             self.works = False
-            self.drop()
+            self._drop()
             why = f"{error}".strip().splitlines() or [type(error).__name__]
             self._say(f"launches cannot be recorded here ({why[0][:160]}): blocks are launched kernel by kernel")
             return None

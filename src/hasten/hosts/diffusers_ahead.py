@@ -92,7 +92,7 @@ class Ahead:
 
     def _rotated(self, *args: Any, **kwargs: Any) -> Any:
         positions, self._now.positions = getattr(self._now, "positions", None), None
-        if positions is None:
+        if positions is None or _heard(self._rotation.module):  # a listener hears every step
             return self._rotation.inner(*args, **kwargs)
         for kept, found in self._kept:
             if kept.serve(positions):
@@ -125,7 +125,11 @@ def ahead_for(transformer: nn.Module) -> Ahead | None:
 
 def _hooked(module: nn.Module, device: torch.device) -> bool:
     """Whether anything listens to it or brings its weights (offloading): then it is called in its turn alone."""
+    return _heard(module) or any(weight.device != device for weight in module.parameters())
+
+
+def _heard(module: nn.Module) -> bool:
     return any(
         hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") or part._forward_pre_hooks or part._forward_hooks
         for part in module.modules()
-    ) or any(weight.device != device for weight in module.parameters())
+    )

@@ -86,7 +86,8 @@ class HungAttention:
 
     def leave_out(self, mask: Tensor | None) -> None:
         """Before each call of a Sana: the words that it masks, see kept_keys. Asks the device once for each mask."""
-        now = None if mask is None else (mask, -1 if mask.is_inference() else mask._version)
+        # Writes into an inference tensor are not counted: one of those is looked at each time.
+        now = None if mask is None or mask.is_inference() else (mask, mask._version)
         if now is None or self._mask is None or self._mask[0] is not mask or self._mask[1] != now[1]:
             self._mask, self._kept = now, kept_keys(mask)
         for attention in self.attentions:
