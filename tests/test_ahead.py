@@ -12,6 +12,7 @@ from torch import Tensor
 
 import hasten
 from hasten import call
+from hasten.session import Session
 from hasten.signal import largest, relative_l1, residual_l1
 
 
@@ -141,6 +142,58 @@ def test_the_largest_change_is_read_behind_what_is_launched_meanwhile() -> None:
     order: list[str] = []
     assert largest([torch.tensor(1.0), torch.tensor(3.0)], lambda: order.append("work")) == 3.0
     assert order == ["work"]
+
+
+def test_a_call_takes_its_place_at_the_first_block_behind_the_embedders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a GPU has work while the host waits for the call's time and looks its lanes up."""
+    order: list[str] = []
+    enter = Session.enter
+
+    def entering(*args: Any, **kwargs: Any) -> Any:
+        order.append("enter")
+        return enter(*args, **kwargs)
+
+    monkeypatch.setattr(Session, "enter", entering)
+    model, given = transformer(), model_inputs()
+    for name in ("x_embedder", "time_text_embed", "context_embedder"):
+        getattr(model, name).register_forward_pre_hook(lambda *call, name=name: order.append(name))
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *call: order.append("block"))
+    handle = hasten.apply(model, EAGER["fbcache"])
+    with torch.no_grad(), handle.run([1.0, 0.5, 0.0]):
+        model(**{**given, "timestep": torch.tensor([1.0])})
+    handle.remove()
+    assert order == ["x_embedder", "time_text_embed", "context_embedder", "enter", "block"]
+
+
+def test_a_call_that_fails_before_its_first_block_takes_no_place() -> None:
+    def run(*, fails: bool) -> tuple[list[Tensor], str]:
+        model, given = transformer(), model_inputs()
+        handle, out = hasten.apply(model, EAGER["fbcache"]), []
+        with torch.no_grad(), handle.run([1.0, 0.75, 0.5, 0.0]):
+            for sigma in (1.0, 0.75, 0.5):
+                now = {**given, "timestep": torch.tensor([sigma])}
+                if fails:
+                    with pytest.raises(RuntimeError):
+                        model(**{**now, "encoder_hidden_states": given["encoder_hidden_states"][..., :-1]})
+                out.append(model(**now)[0])
+        assert handle.report is not None
+        handle.remove()
+        return out, handle.report.strip
+
+    assert all(map(torch.equal, run(fails=True)[0], run(fails=False)[0]))
+    assert run(fails=True)[1] == run(fails=False)[1] == "C.."
+
+
+def test_a_run_that_is_ended_within_a_call_lets_the_call_come_to_its_end() -> None:
+    model, given = transformer(), {**model_inputs(), "timestep": torch.tensor([1.0])}
+    wanted = transformer()(**given)[0]
+    handle = hasten.apply(model, EAGER["fbcache"])
+    hook = model.context_embedder.register_forward_hook(lambda *call: handle.end())
+    with torch.no_grad(), handle.run([1.0, 0.5, 0.0]):
+        assert torch.equal(model(**given)[0], wanted)
+    hook.remove()
+    handle.remove()
+    assert handle.reports == []
 
 
 @pytest.mark.parametrize("relative_to", ["previous", "current"])

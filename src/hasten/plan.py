@@ -51,6 +51,11 @@ class Plan:
         """Blocks whose input is kept because a seam's residual is measured from there."""
         return frozenset(self.entries.values())
 
+    @cached_property
+    def acted_at(self) -> frozenset[int]:
+        """Blocks at which a gate does more than run its block or pass it; inside blocks, all of them."""
+        return frozenset(self.seams) | self.entries_from | self.skip | ({self.end} if self.gated else frozenset())
+
     def without_reuse(self) -> Plan:
         """This plan with every block computed but those that are skipped."""
         return replace(self, seams=(), signal="none", entries={}, whole_model=False, ratios=())

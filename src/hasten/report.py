@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from hasten.kernels.on_device import on_device
+
 
 @dataclass
 class Evaluation:
@@ -205,7 +207,7 @@ class Clock:
 
 def _event(device: torch.device) -> torch.cuda.Event:
     # The model's own device: the thread's current one is another where several GPUs are used.
-    with torch.cuda.device(device):
+    with on_device(device):
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
+        event.record()
     return event

@@ -18,7 +18,7 @@ from hasten.plan import Plan
 from hasten.policy import Decision, Policy, make_policy
 from hasten.predict import make_predictor
 from hasten.recipe import Cache, Recipe
-from hasten.report import TIMED, Evaluation, Report
+from hasten.report import TIMED, Clock, Evaluation, Report
 from hasten.unused import unused
 
 # How far a model's sigma may have been moved by the dtype that it was handed over in, relative: pipelines round
@@ -99,11 +99,13 @@ class Session:
         *,
         sigma: float,
         rounded_in: torch.dtype = torch.float32,
+        clock: Clock | None = None,
     ) -> Call:
         """The call that begins now. conditions: one key for each equal share of `like`'s batch, in row order.
 
         like: the model's input, (B, ...), for its shape, dtype and device. sigma: the schedule's entry when the host
-        knows it, else the model's argument with the dtype it was rounded in.
+        knows it, else the model's argument with the dtype it was rounded in. clock: one that was started with the call,
+        where that was earlier.
         """
         with self._terms.lock:
             ongoing = self._place(sigma, ROUNDING.get(rounded_in, 0.0), conditions)
@@ -122,7 +124,10 @@ class Session:
         if like.device.type not in TIMED:
             self.report.timed = False
             self.report.note(f"milliseconds on {like.device.type} are of launching the work, not of doing it")
-        call.clock.start(like.device)
+        if clock is None:
+            call.clock.start(like.device)
+        else:
+            call.clock = clock
         return call
 
     def leave(self, call: Call) -> None:

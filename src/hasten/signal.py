@@ -1,6 +1,6 @@
 """signal.py is what policies look at: distances between tensors, as numbers still on their device.
 
-Nothing here waits for the device but `largest`, so an evaluation synchronises at most once.
+Nothing here waits for the device but `largest` and `on_its_way`'s results, so an evaluation synchronises at most once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hasten.kernels.on_device import on_device
 from hasten.kernels.residual_sums import residual_sums
 
 
@@ -73,16 +74,25 @@ def largest(changes: Sequence[Tensor], meanwhile: Callable[[], None] | None = No
 
     meanwhile: work to launch behind the changes, which a GPU does while the host waits for the number alone.
     """
-    one = changes[0] if len(changes) == 1 else torch.stack(list(changes)).max()
-    if meanwhile is None or one.device.type != "cuda":
-        if meanwhile is not None:
-            meanwhile()
-        return float(one)
-    with torch.cuda.device(one.device):
-        there = torch.empty((), dtype=one.dtype, pin_memory=True)
-        there.copy_(one, non_blocking=True)
-        known = torch.cuda.Event()
-        known.record(torch.cuda.current_stream(one.device))
-    meanwhile()
-    known.synchronize()
-    return float(there)
+    value = on_its_way(changes[0] if len(changes) == 1 else torch.stack(list(changes)).max())
+    if meanwhile is not None:
+        meanwhile()
+    return value()
+
+
+def on_its_way(number: Tensor) -> Callable[[], float]:
+    """Has a 0-dim tensor's number brought to the host, and gives what waits for it and for nothing launched later."""
+    if number.device.type != "cuda":
+        known = float(number)
+        return lambda: known
+    with on_device(number.device):
+        there = torch.empty((), dtype=number.dtype, pin_memory=True)
+        there.copy_(number, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+
+    def value() -> float:
+        arrived.synchronize()
+        return float(there)
+
+    return value

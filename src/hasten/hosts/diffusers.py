@@ -33,8 +33,9 @@ from hasten.hosts.diffusers_stack import STACK, Stack, stack_for
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
-from hasten.report import Report
+from hasten.report import Clock, Report
 from hasten.session import Session
+from hasten.signal import on_its_way
 
 # Finished runs' reports that are kept, the latest: a pipeline that lives for months must not gather them all.
 REPORTS = 64
@@ -60,6 +61,7 @@ class Handle:
         self._sigma: Callable[[], float | None] = lambda: None
         self.about_to_call: Callable[[], None] = lambda: None
         self._call: Call | None = None
+        self._entering: Callable[[], Call] | None = None  # while a call is under way that no gate was met in yet
         self._outside: Report | None = None  # while a call outside any run is the latest thing that happened
         self._removed = False
         self._slots: list[Slot] = []
@@ -181,7 +183,8 @@ class Handle:
 
     def end(self) -> None:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
-        session, self._session, self._awaited, self._call = self._session, None, None, None
+        session, self._session, self._awaited = self._session, None, None
+        self._call = self._entering = None
         self.family.end()
         if self._ahead is not None:
             self._ahead.end()
@@ -252,13 +255,46 @@ class Handle:
             if session is None:
                 self._note_outside()
                 return slot.inner(*args, **kwargs)
-            x, timestep = given["hidden_states"], given["timestep"]
-            known = self._sigma()
+            self._entering = self._entrance(session, given)
+            if not self._gates_enter():
+                self._entering()
+            if self._ahead is not None:
+                self._ahead.begin(given)
+            try:
+                if self._call is not None and session.plan.whole_model:
+                    out = self._whole(self._call, given, lambda: slot.inner(*args, **kwargs))
+                else:
+                    out = slot.inner(*args, **kwargs)
+                call = self._entering() if self._entering is not None else self._call
+            finally:
+                self._call = self._entering = None
+                if self._ahead is not None:
+                    self._ahead.forget()
+            if call is not None:  # else the run was ended in the middle of it
+                session.leave(call)
+            return out
+
+        return forward
+
+    def _gates_enter(self) -> bool:
+        """Whether the first gate that is met may enter the session, when the embedders are launched already."""
+        return self.plan.gated and self.insides is None and not self._compiled_whole()
+
+    def _entrance(self, session: Session, given: Mapping[str, Any]) -> Callable[[], Call]:
+        """What enters the session with this call of the model; its time is on its way from the device meanwhile."""
+        x, timestep, known = given["hidden_states"], given["timestep"], self._sigma()
+        time = on_its_way(timestep.flatten()[0]) if known is None else float
+        clock = Clock()
+        clock.start(x.device)
+
+        def enter() -> Call:
+            self._entering = None
             self._call = call = session.enter(
                 [session.identity(self.family.condition(given))],
                 x,
-                sigma=self.family.sigma(float(timestep.flatten()[0])) if known is None else known,
+                sigma=self.family.sigma(time()) if known is None else known,
                 rounded_in=timestep.dtype if known is None else torch.float32,
+                clock=clock,
             )
             if self.insides is not None:
                 self.insides.begin(call, given)
@@ -276,21 +312,9 @@ class Handle:
                     "the transformer is compiled as a whole and its blocks cannot be reached: "
                     "compile the blocks instead, with transformer.compile_repeated_blocks()"
                 )
-            if self._ahead is not None:
-                self._ahead.begin(given)
-            try:
-                if session.plan.whole_model:
-                    out = self._whole(call, given, lambda: slot.inner(*args, **kwargs))
-                else:
-                    out = slot.inner(*args, **kwargs)
-            finally:
-                self._call = None
-                if self._ahead is not None:
-                    self._ahead.forget()
-            session.leave(call)
-            return out
+            return call
 
-        return forward
+        return enter
 
     def _whole(self, call: Call, given: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """The model as one span: what it gives out for the noise."""
@@ -312,14 +336,19 @@ class Handle:
     def _gated_block(self, slot: Slot, gate: Gate) -> Callable[..., Any]:
         block, family = slot.module, self.family
         names = list(inspect.signature(_unwrapped(block).forward).parameters)
+        runs_or_passes, passes = gate.block not in self.plan.acted_at, gate.block != self.plan.end
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._call
             if call is None:
-                return slot.inner(*args, **kwargs)
+                if self._entering is None:
+                    return slot.inner(*args, **kwargs)
+                call = self._entering()
+            if runs_or_passes and not call.standing_in:
+                return slot.inner(*args, **kwargs)  # as the gate would have it: most blocks of a computed call
             given = kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs}
-            if call.standing_in and gate.block != call.plan.end:
-                return family.untouched(given)  # as the gate would have it, at a tenth of its time: 55 of 57 blocks
+            if passes and call.standing_in:
+                return family.untouched(given)  # and of a reused one, at a tenth of its time
             streams = family.streams(block, given)
             if self._ahead is not None and gate.block in call.plan.seams:
                 call.onward = functools.partial(self._ahead.last_layer, vector=given["temb"])

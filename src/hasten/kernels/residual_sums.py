@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.kernels.on_device import on_device
+
 BLOCK = 4096
 # So many programs share the work: some eight for each multiprocessor of the largest GPUs, and one reads their sums.
 PROGRAMS = 1024
@@ -29,7 +31,7 @@ def residual_sums(image: Tensor, entry: Tensor, before: Tensor, to_previous: boo
     if kernels is None or not like or not image.numel():
         return None
     try:
-        with torch.cuda.device(image.device):  # Triton launches on the current device
+        with on_device(image.device):  # Triton launches on the current device
             return launch(kernels, image, entry, before, to_previous)
     except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
         _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hasten.kernels.on_device import on_device
+from hasten.kernels.operation import operation
+
 # Triton has no lists of pointers on the versions we support; more deltas than this take several passes.
 POINTERS = 8
 
@@ -37,32 +40,25 @@ def weighted_sum(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float
     return summed
 
 
-@torch.library.custom_op("hasten::weighted_sum", mutates_args=())
+def _shapes(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.empty_like(base)
+
+
+@operation("weighted_sum", shapes=_shapes)
 def _weighted_sum(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
+    kernel = triton_kernel() if base.is_cuda else None
+    if kernel is not None:
+        try:
+            with on_device(base.device):  # Triton launches on the current device
+                return launch(kernel, base, deltas, weights)
+        except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
+            _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
     total = base.to(torch.float32, copy=True)
     for delta, weight in zip(deltas, weights, strict=True):
         total.add_(delta, alpha=weight)
     if base.dtype == torch.float16:
         total.clamp_(-LARGEST_HALF, LARGEST_HALF)
     return total.to(base.dtype)
-
-
-@_weighted_sum.register_fake
-def _(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
-    return torch.empty_like(base)
-
-
-@_weighted_sum.register_kernel("cuda")
-def _on_cuda(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
-    kernel = triton_kernel()
-    if kernel is not None:
-        try:
-            with torch.cuda.device(base.device):  # Triton launches on the current device
-                return launch(kernel, base, deltas, weights)
-        except Exception as error:  # no C compiler, an old GPU, ...: Triton has no common class for its refusals
-            _tell_once(f"{type(error).__name__}: {error}".splitlines()[0])
-    summed: Tensor = _weighted_sum._init_fn(base, deltas, weights)
-    return summed
 
 
 @functools.cache
