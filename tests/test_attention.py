@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import hasten.attention
 from hasten.attention import CHAINS, CHOICES, Attention, cache_file, fastest, judge, self_test, shape_class
 from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, lacks, misfit
+from hasten.marks import Numbers
 from hasten.recipe import ATTENTIONS
 
 CPU = torch.device("cpu")
@@ -187,19 +189,41 @@ def test_it_is_one_step_of_a_graph() -> None:
     assert counted.frame_count == 1
 
 
-def test_no_state_is_taken_for_one_whose_attention_or_keys_are_gone() -> None:
+def test_no_state_is_taken_for_one_whose_keys_are_gone() -> None:
     seen = set()
-    one = Attention("sdpa")
-    for name in ("sdpa", "sparse") * 8:  # each where the one before lay, as far as Python goes
+    one, asked = Attention("sdpa"), ask()
+    for _ in range(8):  # each where the one before lay, as far as Python goes
         one.kept = (torch.tensor([0, 2]),)
-        for state in (Attention(name).state, one.state):
-            assert state not in seen
-            seen.add(state)
-    assert one.state == one.state and hash(one.state) == hash(one.state)
+        state = one.state(asked)
+        assert state not in seen
+        seen.add(state)
+    assert one.state(asked) == one.state(asked) and hash(one.state(asked)) == hash(one.state(asked))
     one.kept = (3, 3)
-    before = one.state
+    before = one.state(asked)
     one.kept = (3, 3)
-    assert one.state == before
+    assert one.state(asked) == before
+
+
+def test_equal_states_are_of_whatever_would_launch_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "sparse", dataclasses.replace(BACKENDS["sdpa"], name="sparse"))
+    one, other = ask(), ask(48)
+
+    def state(wanted: str, *, of: Ask = one, **settings: Any) -> Any:
+        attention = Attention(wanted, keep=settings.pop("keep", 0.5))
+        for name, value in settings.items():
+            setattr(attention, name, value)
+        return attention.state(of)
+
+    assert state("sdpa") == state("sdpa") == state("sparse", exact=True) != state("sparse")
+    assert state("sparse") != state("sparse", keep=0.4) != state("sparse", text_rows=3)
+    grid = {"grid": (4, one.rows // 4)}
+    assert state("sparse", **grid) == state("sparse", **grid) != state("sparse")
+    made = [Numbers(torch.tensor([0.5, share]), torch.ones(2)) for share in (0.9, 0.9, 0.8)]
+    assert state("sparse", heads=made[0]) == state("sparse", heads=made[1]) != state("sparse", heads=made[2])
+    failed = Attention("sparse")
+    before = failed.state(one)
+    failed._give_way(BACKENDS["sparse"], one, RuntimeError("no kernel"))
+    assert failed.state(one) != before and failed.state(other) == state("sparse", of=other)
 
 
 def test_in_comfyui_a_call_with_a_scale_of_its_own_is_left_to_the_host() -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from careless import Careless, pools
 from runs import flux, hastened, paint, recipe
+from torch.nn.functional import scaled_dot_product_attention
 
 import hasten
-from hasten.hosts.diffusers_stack import Stack
+from hasten import attention
+from hasten.attention_backends import BACKENDS, SPARSE, Backend
+from hasten.hosts.diffusers_attention import block_names
+from hasten.hosts.diffusers_stack import Stack, blocks_of
 from hasten.replay import Replays
+from hasten.sparse import Heads, save_settings
 
 STACKS = {
     "fused": {"compile": {"fuse": "always", "cuda_graph": "always"}},
@@ -95,6 +101,66 @@ def test_another_attention_is_another_recording_and_its_calls_are_counted(everyo
         assert torch.equal(paint(pipe, steps=6), wanted)
         assert run.report is not None and run.report.notes == report.notes
     assert len(everyone) >= 4
+
+
+@pytest.mark.parametrize("given", [{}, {"tuned": "tuned.safetensors"}], ids=["keep", "tuned"])
+def test_another_with_of_the_same_recipe_replays_what_the_first_recorded(
+    everyone: list[Careless], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def attend(keep: float, text_rows: int, heads: Any = None, **others: Any) -> Any:
+        part = keep if heads is None else heads[0].reshape(1, -1, 1, 1)
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v) * part
+
+    plain = Backend("sparse", "of the test", SPARSE, lambda ask: None, attend(0.5, 0))
+    monkeypatch.setitem(BACKENDS, "sparse", plain)
+    monkeypatch.setattr(attention, "sparse", attend)
+    pipe, stock = small(), small()
+    stacks = [
+        hasten.prepare(each, recipe() | sections)
+        for each, sections in ((pipe, STACKS["compiled"]), (stock, launched(STACKS["compiled"])))
+    ]
+    names = block_names(blocks_of(pipe.transformer))
+    heads = pipe.transformer.config.num_attention_heads
+
+    def drawn(each: Any, keep: float, **how: Any) -> tuple[torch.Tensor, Any]:
+        settings = {"backend": "sparse", **how}
+        if given:
+            values = (True, keep, 0.0, 20.0)
+            tuned = {name: Heads(*(torch.full((heads,), n) for n in values)) for name in names}
+            save_settings(tuned, tmp_path / "tuned.safetensors")
+            settings["tuned"] = str(tmp_path / "tuned.safetensors")
+        else:
+            settings["keep"] = keep
+        with hasten.accelerate(each, recipe() | {"attention": settings}) as run:
+            return paint(each, steps=4), run.report
+
+    def alike(keep: float, **how: Any) -> int:
+        found, report = drawn(pipe, keep, **how)
+        wanted, told = drawn(stock, keep, **how)
+        assert torch.equal(found, wanted) and report.notes == told.notes
+        return len(everyone)
+
+    first = alike(0.75)
+    assert [alike(0.75), alike(0.75)] == [first, first]
+    assert alike(0.5) > first
+    second = len(everyone)
+    alike(0.5, exact_last=1)  # the last step's first meeting
+    third = alike(0.5, exact_last=1)
+    assert third > second and alike(0.5, exact_last=1) == alike(0.5) == third
+    assert sum(stack.graphs for stack in stacks) == 2  # one for each kind of block, whichever attention
+
+
+def test_a_replayed_run_says_too_why_its_attention_gave_way(everyone: list[Careless]) -> None:
+    pipe = small()
+    hasten.prepare(pipe, recipe() | STACKS["compiled"])
+    notes = []
+    for _ in range(2):
+        with hasten.accelerate(pipe, recipe() | {"attention": {"backend": "int8_fp8"}}) as run:
+            paint(pipe, steps=4)
+            assert run.report is not None
+            notes.append(run.report.notes)
+    assert notes[0] == notes[1] and any("gave way" in note for note in notes[1])
+    assert all(recording.replays > 4 for recording in everyone)
 
 
 def test_sizes_that_come_and_go_add_no_graph(everyone: list[Careless]) -> None:

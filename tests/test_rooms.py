@@ -26,7 +26,7 @@ class Room:
 DATA = ("data",)  # where shipped files lie: pathlib only
 # can be worked out on paper
 PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
-TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_keys", "attention_streams")
+TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_keys", "attention_streams", "marks")
 INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
 MEMORY = ("lane", "seam", "call", "session", "gate", "report", *INSIDE)
 TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
@@ -44,7 +44,7 @@ ROOMS = (
     Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),
     Room(
         ("attention", "attention_backends", "attention_keys", "attention_streams"),
-        hasten=("kernels", "attention", "attention_backends", "attention_keys"),
+        hasten=("kernels", "attention", "attention_backends", "attention_keys", "marks"),
         packages=("torch", "sageattention", "flash_attn_interface", "spas_sage_attn", "comfy_kitchen"),
     ),
     Room(
@@ -52,7 +52,7 @@ ROOMS = (
         hasten=(*DATA, *PAPER, "kernels", "capture", *TENSORS, *MEMORY),
         packages=("numpy", "torch"),
     ),
-    Room(("capture",), packages=("torch",)),
+    Room(("capture", "marks"), packages=("torch",)),
     Room(("quantize", "compile"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
     Room(("replay",), hasten=("capture",), packages=("torch",)),
     Room(("blocks",), hasten=("kernels", "quantize"), packages=("torch",)),

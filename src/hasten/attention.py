@@ -16,15 +16,28 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from hasten.attention_backends import BACKENDS, DENSE, SPARSE, Ask, Backend, Verdict, sol, sparse, sparse_fused
+from hasten.attention_backends import (
+    BACKENDS,
+    DENSE,
+    SPARSE,
+    Ask,
+    Backend,
+    Verdict,
+    compact,
+    sol,
+    sparse,
+    sparse_fused,
+)
 from hasten.attention_keys import Kept, attend_kept
 from hasten.kernels.streams import Streams
+from hasten.marks import Itself, Numbers
 
 # In the order of wishes; what cannot be used gives way to the next.
 CHAINS = {
@@ -39,19 +52,6 @@ FUSED = tuple(name for name, backend in BACKENDS.items() if backend.fused is not
 TEST_ROWS = 1024
 
 _LIVE: weakref.WeakValueDictionary[int, Attention] = weakref.WeakValueDictionary()
-
-
-class Itself:
-    """Equal where the very same object is held. It is held: an id alone may be the next object's once this is gone."""
-
-    def __init__(self, held: object) -> None:
-        self.held = held
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Itself and other.held is self.held
-
-    def __hash__(self) -> int:
-        return id(self.held)
 
 
 class Attention:
@@ -77,27 +77,34 @@ class Attention:
         self.keep, self.text_rows = keep, 0
         # The picture's tokens, rows and columns, where the host knows them: blocks are then patches of it.
         self.grid: tuple[int, int] | None = None
-        # Or, for each head, what was tuned: see sparse.Heads.
-        self.heads: tuple[Tensor, Tensor, Tensor] | None = None
+        # Or, for each head, what was tuned, see sparse.Heads: keep, alike and skip_below.
+        self.heads: Numbers | None = None
         # Which keys count, where a host leaves out what a mask would mask.
         self.kept: Kept | None = None
         self.used: dict[str, int] = {}
         self._chosen: dict[Ask, Backend] = {}
-        self.number = id(self)
-        # What `state` knows this one by: its number is another's as soon as this one is gone.
-        self._mark = object()
-        _LIVE[self.number] = self
+        # A tensor, for a graph would be compiled for each plain number: for every `with` and, tuned, for every block.
+        with torch.inference_mode(False):
+            self.number = torch.tensor(id(self), device="cpu")
+        _LIVE[id(self)] = self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v, all (B, H, N, D); a step of a graph for torch.compile, whatever is chosen."""
         out: Tensor = torch.ops.hasten.attention(q, k, v, self.number)
         return out.transpose(1, 2)
 
-    @property
-    def state(self) -> tuple[Hashable, ...]:
-        """What a call's launches depend on beside its tensors: equal states, equal launches."""
+    def state(self, ask: Ask) -> tuple[Hashable, ...]:
+        """What the launches of such calls depend on beside their tensors: equal states, equal launches, of whichever.
+
+        It chooses as the call would, and says why something gave way, though the call itself may never be made. It
+        holds what is read besides: settings of each head, the order of rows.
+        """
         kept = None if self.kept is None else tuple(n if isinstance(n, int) else Itself(n) for n in self.kept)
-        return Itself(self._mark), self.exact, self.keep, self.text_rows, self.grid, Itself(self.heads), kept
+        lengths = {ask.keys} if self.kept is None else {n if isinstance(n, int) else len(n) for n in self.kept}
+        asks = (replace(ask, keys=keys) for keys in sorted(lengths))
+        names = ("sdpa",) if self.exact else tuple(self.choose(each).name for each in asks)
+        order = compact(ask.rows, self.text_rows, self.grid, ask.device) if "sparse" in names else None
+        return names, self.keep, self.text_rows, self.grid, Itself(order), self.heads, kept
 
     @property
     def line(self) -> str:
@@ -144,8 +151,7 @@ class Attention:
         if fused is None:
             return None
         if backend.name == "sparse":
-            self._bring_heads(q.device)
-            fused = sparse_fused(self.keep, self.text_rows, heads=self.heads, grid=self.grid)
+            fused = sparse_fused(self.keep, self.text_rows, heads=self._heads_at(q.device), grid=self.grid)
         try:
             out = fused(streams, q.dtype)
         except Exception as error:  # kernels have no common class for their refusals
@@ -154,10 +160,11 @@ class Attention:
         self.used[backend.name] = self.used.get(backend.name, 0) + 1
         return out
 
-    def _bring_heads(self, device: torch.device) -> None:
-        if self.heads is not None and self.heads[0].device != device:
-            keep, alike, skip_below = (t.to(device) for t in self.heads)
-            self.heads = keep, alike, skip_below
+    def _heads_at(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.heads is None:
+            return None
+        keep, alike, skip_below = self.heads.at(device)
+        return keep, alike, skip_below
 
     def _give_way(self, backend: Backend, ask: Ask, error: Exception) -> None:
         self._chosen[ask] = BACKENDS["sdpa"]
@@ -171,8 +178,7 @@ class Attention:
         backend = BACKENDS["sdpa"] if self.exact else self.choose(Ask.of(q, k))
         attend = backend.attend
         if backend.name == "sparse":
-            self._bring_heads(q.device)
-            attend = sparse(self.keep, self.text_rows, heads=self.heads, grid=self.grid)
+            attend = sparse(self.keep, self.text_rows, heads=self._heads_at(q.device), grid=self.grid)
         elif backend.name == "sol":
             attend = sol(self.keep, self.text_rows)
         try:
@@ -187,20 +193,20 @@ class Attention:
         return out
 
 
-def live(number: int) -> Attention | None:
+def live(number: Tensor) -> Attention | None:
     """The attention of that number, while a model has it."""
-    return _LIVE.get(number)
+    return _LIVE.get(int(number))
 
 
 @torch.library.custom_op("hasten::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-    chooser = _LIVE.get(number)
+def _attention(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+    chooser = live(number)
     out = scaled_dot_product_attention(q, k, v) if chooser is None else chooser.attend(q, k, v)
     return out.to(q.dtype).transpose(1, 2).contiguous()
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 

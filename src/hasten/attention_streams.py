@@ -55,7 +55,7 @@ def attend_rows(
 def _attention_streams(
     q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, text_k: Tensor | None, text_v: Tensor | None,
     norm_q: Tensor, norm_k: Tensor, norm_text_q: Tensor | None, norm_text_k: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, eps: float, number: int,
+    cos: Tensor | None, sin: Tensor | None, eps: float, number: Tensor,
 ) -> Tensor:  # fmt: skip
     text = None
     if text_q is not None and text_k is not None and text_v is not None:
@@ -81,7 +81,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, text_q: Tensor | None, *others: object) -
 @torch.library.custom_op("hasten::attention_rows", mutates_args=())
 def _attention_rows(
     qkv: Tensor, text_q: Tensor, text_k: Tensor, image_q: Tensor, image_k: Tensor, cos: Tensor, sin: Tensor,
-    batch: int, length: int, heads: int, joint: bool, eps: float, number: int,
+    batch: int, length: int, heads: int, joint: bool, eps: float, number: Tensor,
 ) -> Tensor:  # fmt: skip
     attention = live(number)
     if attention is not None:
@@ -105,6 +105,6 @@ def _attention_rows(
 @_attention_rows.register_fake
 def _(
     qkv: Tensor, text_q: Tensor, text_k: Tensor, image_q: Tensor, image_k: Tensor, cos: Tensor, sin: Tensor,
-    batch: int, length: int, heads: int, joint: bool, eps: float, number: int,
+    batch: int, length: int, heads: int, joint: bool, eps: float, number: Tensor,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty((batch, qkv.shape[0] // batch, heads, text_q.shape[0]))

@@ -18,6 +18,7 @@ from hasten.attention_backends import Ask
 from hasten.hosts.comfy_attention import SLOT, TEXT_ROWS, drop_attention, tell_grid
 from hasten.hosts.comfy_lines import counted
 from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
+from hasten.marks import Numbers
 from hasten.recipe import Skip
 from hasten.sparse import Heads, Tuning, save_settings
 
@@ -121,7 +122,7 @@ def _override(
     attentions = {name: Attention("sparse", say=_once(said)) for name in names}
     for name, heads in (settings or {}).items():
         if name in attentions:
-            attentions[name].heads = heads.keep, heads.alike, heads.skip_below
+            attentions[name].heads = Numbers(heads.keep, heads.alike, heads.skip_below)
     text_rows = [TEXT_ROWS]
 
     def overriding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

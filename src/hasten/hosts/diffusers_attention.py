@@ -19,6 +19,7 @@ from hasten.attention import FUSED, Attention
 from hasten.attention_keys import Kept, kept_keys
 from hasten.attention_streams import asked, attend_streams
 from hasten.hosts.diffusers_sana_attention import sana_processor
+from hasten.marks import Numbers
 from hasten.report import Report
 from hasten.sparse import load_settings
 
@@ -49,7 +50,7 @@ class HungAttention:
             for name, attention in zip(names, self.attentions, strict=True):
                 if name in settings:
                     found = settings[name]
-                    attention.heads = found.keep, found.alike, found.skip_below
+                    attention.heads = Numbers(found.keep, found.alike, found.skip_below)
                 else:
                     attention.exact = attention.always_exact = True
         self._mask: tuple[Tensor, int] | None = None

@@ -202,18 +202,15 @@ def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return cos[:, ::2], sin[:, ::2]
 
 
-def attention_of(attn: Any) -> tuple[Any, ...]:
-    """What decides how this attention is computed: a recipe's own and its state, or diffusers' back-end by name."""
-    ours = getattr(attn.processor, "hasten_attention", None)
-    if ours is not None:
-        state: tuple[Any, ...] = ours.state
-        return state
+def backend_of(attn: Any) -> str:
+    """The name of diffusers' back-end that computes this attention, where no recipe's does."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     chosen = attn.processor._attention_backend
     if chosen is None:
         chosen = _AttentionBackendRegistry.get_active_backend()[0]
-    return (getattr(chosen, "value", chosen),)
+    name: str = getattr(chosen, "value", chosen)
+    return name
 
 
 def _attend_rows(attn: Any) -> blocks.AttendRows | None:
@@ -229,7 +226,7 @@ def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if ours is not None:
         attended: Tensor = ours(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
         return attended
-    (name,) = attention_of(attn)
+    name = backend_of(attn)
     if name in ("native", "_native_cudnn"):
         return plain_attention(q, k, v, cudnn=name == "_native_cudnn")
     out: Tensor = dispatch_attention_fn(

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hasten.attention_backends import Ask
 from hasten.hosts import diffusers_sana_block
-from hasten.hosts.diffusers_blocks import attention_of, layers_of, still_plain
+from hasten.hosts.diffusers_blocks import backend_of, layers_of, still_plain
 from hasten.hosts.diffusers_hooks import hooked
 from hasten.quantize import Linear8
 from hasten.replay import Replays
@@ -41,20 +42,36 @@ def replayed(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Ca
         if not replays.works or not still_plain(block, joint_attention_kwargs):
             return called(*given)
         attention = getattr(block.attn.processor, "hasten_attention", None)  # type: ignore[union-attr]
-        return replays.run(block, marks_of(block), given, called, None if attention is None else attention.used)
+        attended = _attended(block, hidden_states, encoder_hidden_states)
+        # Steps that stay exact have recordings beside the others', not in their place.
+        which, marks = (block, attended[0]), (attended, *_lie(block))
+        return replays.run(which, marks, given, called, None if attention is None else attention.used)
 
     return run
 
 
-def marks_of(block: Any) -> Hashable:
-    """Where the block's weights lie, and which attention it takes."""
+def _attended(block: Any, image: Tensor, text: Tensor) -> tuple[Hashable, ...]:
+    """Which attention such streams get: its name, and for a recipe's whatever else decides its launches."""
+    attn, rows = block.attn, image.shape[1] + text.shape[1]
+    ours = getattr(attn.processor, "hasten_attention", None)
+    if ours is None:
+        return (backend_of(attn),)
+    state: tuple[Hashable, ...] = ours.state(_ask(attn, image, rows, rows))
+    return state
+
+
+def _lie(block: Any) -> list[int]:
+    """Where the block's weights lie."""
     attn, lie = block.attn, []
     for layer in layers_of(block):
         tensors = layer.tensors() if type(layer) is Linear8 else (layer.weight, layer.bias)
         lie += [tensor.data_ptr() for tensor in tensors]
     norms = (attn.norm_q, attn.norm_k, getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None))
-    lie += [norm.weight.data_ptr() for norm in norms if norm is not None]
-    return attention_of(attn), *lie
+    return lie + [norm.weight.data_ptr() for norm in norms if norm is not None]
+
+
+def _ask(attn: Any, tokens: Tensor, rows: int, keys: int) -> Ask:
+    return Ask(tokens.device, tokens.dtype, attn.heads, attn.inner_dim // attn.heads, rows, keys)
 
 
 def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
@@ -82,12 +99,17 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             return (call(*values[:positional], **dict(zip(names, values[positional:], strict=True))),)
 
         attention = getattr(block.attn2.processor, "hasten_attention", None)  # type: ignore[union-attr]
-        marks: list[Hashable] = [None if attention is None else attention.state]
+        attended: tuple[Hashable, ...] = (None,)
+        if attention is not None:
+            image = tensors[0]
+            words = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
+            attended = attention.state(_ask(block.attn2, image, image.shape[1], words.shape[1]))
+        marks: list[Hashable] = [attended]
         for part in parts:
             lie = (*part._parameters.values(), *part._buffers.values())
             marks += [part, *(tensor.data_ptr() for tensor in lie if tensor is not None)]
         used = None if attention is None else attention.used
-        return replays.run((block, positional, names, rest), tuple(marks), tensors, called, used)[0]
+        return replays.run((block, attended[0], positional, names, rest), tuple(marks), tensors, called, used)[0]
 
     return run
 
