@@ -38,6 +38,18 @@ def test_holding_one_delta_is_plain_addition(dtype: torch.dtype) -> None:
     assert torch.equal(weighted_sum(base, [delta], [1.0]), base + delta)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_held_delta_comes_to_the_same_whoever_adds_it(dtype: torch.dtype) -> None:
+    wide, delta = noise(2, 9, 10, dtype=dtype) * 300, noise(2, 9, 5, seed=1, dtype=dtype) * 300
+    wide[0, 0, :3], delta[0, 0, 1:4] = float("nan"), float("inf")
+    for base in (wide[..., :5].contiguous(), wide[..., :5]):
+        for other in (delta, delta.float()):
+            wanted = torch.ops.hasten.weighted_sum(base, [other], [1.0])
+            found = weighted_sum(base, [other], [1.0])
+            torch.testing.assert_close(found, wanted, rtol=0.0, atol=0.0, equal_nan=True)
+            assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("weights", [[], [0.0], [0.0, 0.0]])
 def test_without_weight_a_copy_of_the_base_comes_back(weights: list[float]) -> None:
     base = noise(2, 9, 5)

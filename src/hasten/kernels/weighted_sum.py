@@ -36,8 +36,16 @@ def weighted_sum(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float
     terms = [(d, float(w)) for d, w in zip(deltas, weights, strict=True) if w != 0.0]
     if not terms:
         return base.clone()
+    if len(terms) == 1 and terms[0][1] == 1.0 and _adds_alike(base, terms[0][0]):
+        return base + terms[0][0]  # the same to the bit, at a fifth of the launch's time: what holding asks for
     summed: Tensor = torch.ops.hasten.weighted_sum(base, [d for d, _ in terms], [w for _, w in terms])
     return summed
+
+
+def _adds_alike(base: Tensor, delta: Tensor) -> bool:
+    """Whether torch's own sum is this one: one dtype, in float32 and rounded once, without float16's largest number."""
+    alike = base.dtype == delta.dtype and base.dtype in (torch.bfloat16, torch.float32) and base.shape == delta.shape
+    return alike and base.is_contiguous() and not (base.requires_grad or delta.requires_grad)
 
 
 def _shapes(base: Tensor, deltas: list[Tensor], weights: list[float]) -> Tensor:
