@@ -76,6 +76,34 @@ def test_generate_compares(model: str, recipe: str, tmp_path: Path) -> None:
     assert plain["psnr_db"] > 20 and 0 < plain["ssim"] <= 1
 
 
+def test_generate_keeps_what_it_compares_with(model: str, recipe: str) -> None:
+    words = ["generate", "a red apple", "--model", model, "--recipe", recipe, *SMALL, "--batch", "2", "--keep"]
+    assert "--compare" in one_sentence(hasten_command(*words))
+    result = hasten_command(*words, "--compare", "--out", "apple.png")
+    assert result.exit_code == 0, result.output
+    names = [f"apple{what}{number}.png" for what in ("", "-uncached", "-fewer") for number in ("", "-2")]
+    assert sorted(str(path) for path in Path().iterdir()) == sorted(names)
+    assert result.stdout.split()[-6:] == names
+    with Image.open("apple-uncached-2.png") as image:
+        assert (image.info["steps"], image.info["seed"]) == ("4", "1") and "interval" not in image.info["recipe"]
+    with Image.open("apple-fewer.png") as image:
+        assert image.info["steps"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--steps", "abc"], "--steps is 'abc': give a whole number."),
+        (["--steps=2.5"], "--steps is '2.5': give a whole number."),
+        (["--seed", "x"], "--seed is 'x': give a whole number such as 0."),
+        (["--guidance", "much"], "--guidance is 'much': give a number."),
+        (["--threads", "0"], "--threads is '0': give 1 or more."),
+    ],
+)
+def test_a_value_that_is_no_number_is_one_sentence(words: list[str], sentence: str) -> None:
+    assert one_sentence(hasten_command("generate", "a red apple", *words)).startswith(f"hasten: {sentence}")
+
+
 def test_quiet_says_nothing(model: str, tmp_path: Path) -> None:
     result = hasten_command("generate", "a red apple", "--model", model, "--recipe", "none", *SMALL, "--quiet")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

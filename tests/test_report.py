@@ -45,7 +45,13 @@ def test_the_line_says_why_nothing_was_reused() -> None:
         evaluation(2, "compute", "change 0.3, threshold 0.1", change=0.3),
         evaluation(3, "compute", "last", change=None),
     ])  # fmt: skip
-    assert found.line() == "computed 4 of 4 · nothing reused: closest was change 0.3, threshold 0.1"
+    assert found.line() == "computed 4 of 4 · nothing reused: at the closest change 0.3, threshold 0.1"
+    found.note("TeaCache cannot reuse anything at so low a threshold")  # what explains the figures comes before them
+    assert found.line().endswith(
+        " · TeaCache cannot reuse anything at so low a threshold · nothing reused: at the closest "
+        "change 0.3, threshold 0.1"
+    )
+    found.notes.clear()
     found.evaluations = [evaluation(i, "compute", "no cache", change=None) for i in range(3)]
     assert found.line() == "computed 3 of 3 · nothing reused: no cache"
     found.evaluations = [evaluation(i, "compute", ("first", "last")[i], change=None) for i in range(2)]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,25 +29,33 @@ REPORT_SCHEMA = 1
 class Outcome:
     """The drawing, its report file's content, and its row beside the plain run when that was drawn too.
 
-    doubt: why the times beside each other are not to be trusted; empty when nothing speaks against them.
+    doubt: why the times beside each other are not to be trusted; empty when nothing speaks against them. beside: what
+    else was drawn, by what stands in its files' names.
     """
 
     drawing: Drawing
     report: dict[str, Any]
     row: Row | None = None
     doubt: str = ""
+    beside: Mapping[str, tuple[Request, Drawing]] = field(default_factory=dict)
 
 
-def picture_paths(out: Path, batch: int) -> list[Path]:
-    """FILE.png, FILE-2.png, FILE-3.png ... for a batch."""
-    return [out, *(out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(2, batch + 1))]
+# Files of what is drawn for a comparison: FILE-uncached.png and FILE-fewer.png.
+UNCACHED, FEWER = "uncached", "fewer"
 
 
-def check_outputs(out: Path, report: Path | None, batch: int) -> None:
+def picture_paths(out: Path, batch: int, what: str = "") -> list[Path]:
+    """FILE.png, FILE-2.png, FILE-3.png ... for a batch; with `what` FILE-what.png, FILE-what-2.png ..."""
+    first = out.with_name(f"{out.stem}-{what}{out.suffix}") if what else out
+    return [first, *(first.with_name(f"{first.stem}-{i}{first.suffix}") for i in range(2, batch + 1))]
+
+
+def check_outputs(out: Path, report: Path | None, batch: int, *, keep: bool = False) -> None:
     """Returns when the pictures and the report can be written. Raises ValueError or OSError; nothing is left."""
     check_count("batch", batch)
-    for path in picture_paths(out, batch):
-        check_writable(path, suffix=".png")
+    for what in ("", *((UNCACHED, FEWER) if keep else ())):
+        for path in picture_paths(out, batch, what):
+            check_writable(path, suffix=".png")
     if report is not None:
         if report.suffix.lower() == ".png":
             raise ValueError(f"the report file {report} ends in .png: it is JSON, so give a name such as report.json.")
@@ -84,7 +93,11 @@ def generate(
             **row.fewer.likeness.to_dict(),
         },
     }
-    return Outcome(row.drawing, report, row, doubt([Showing(request, [baseline, row])]))
+    beside = {
+        UNCACHED: (request, baseline.drawing),
+        FEWER: (request.with_steps(row.fewer.steps), row.fewer.drawing),
+    }
+    return Outcome(row.drawing, report, row, doubt([Showing(request, [baseline, row])]), beside)
 
 
 def report_of(painter: Painter, request: Request, recipe: Recipe, drawing: Drawing) -> dict[str, Any]:
@@ -136,13 +149,29 @@ def png(image: Image, texts: dict[str, str] | None = None) -> bytes:
 
 
 def write_outcome(
-    outcome: Outcome, painter: Painter, request: Request, recipe: Recipe, *, out: Path, report: Path | None
+    outcome: Outcome,
+    painter: Painter,
+    request: Request,
+    recipe: Recipe,
+    *,
+    out: Path,
+    report: Path | None,
+    keep: bool = False,
 ) -> list[Path]:
-    """The paths of the pictures and of the report, all of them written, or none. Raises OSError."""
+    """The paths of the pictures and of the report, all of them written, or none. Raises OSError.
+
+    keep: also the pictures that were drawn for the comparison.
+    """
     contents: dict[Path, bytes] = {}
-    paths = picture_paths(out, request.batch)
-    for path, seed, image in zip(paths, request.seeds, outcome.drawing.images, strict=True):
-        contents[path] = png(image, story(painter, replace(request, seed=seed, batch=1), recipe))
+    drawn = [("", request, outcome.drawing, recipe)]
+    if keep:
+        # As they were drawn: the model stays as the recipe changed it.
+        plain = Recipe(compile=recipe.compile, quantize=recipe.quantize)
+        drawn += [(what, asked, drawing, plain) for what, (asked, drawing) in outcome.beside.items()]
+    for what, asked, drawing, how in drawn:
+        paths = picture_paths(out, asked.batch, what)
+        for path, seed, image in zip(paths, asked.seeds, drawing.images, strict=True):
+            contents[path] = png(image, story(painter, replace(asked, seed=seed, batch=1), how))
     if report is not None:
         contents[report] = (json.dumps(outcome.report, indent=2, allow_nan=False) + "\n").encode()
     write_files(contents)

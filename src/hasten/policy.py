@@ -94,7 +94,8 @@ class Accumulated:
         self.total = 0.0
 
     def why(self, change: float | None, seam: int) -> str:
-        return f"sum of changes {self.total:.3g}, threshold {self.threshold:g}"
+        changes = "changes" if self.coefficients == (1.0, 0.0) else "rescaled changes"
+        return f"{changes} add up to {self.total:.3g}, threshold {self.threshold:g}"
 
 
 class Magnitude:

@@ -115,6 +115,7 @@ class Report:
         estimate: whether to say how much faster the model alone was, by this run's own times.
         """
         parts = [f"computed {self.computed} of {len(self.evaluations)}"]
+        last: list[str] = []
         if self.partial:
             parts[0] += f", {self.partial} in part"
         if self.reused or self.partial:
@@ -124,7 +125,8 @@ class Report:
         elif self.evaluations and not self.recipe.get("cache"):
             parts.append("no cache asked for")
         elif self.evaluations:
-            parts.append(f"nothing reused: {self._why_nothing()}")
+            # Behind the remarks, which may say what the figures mean.
+            last.append(f"nothing reused: {self._why_nothing()}")
         skipped = sum(map(len, (self.recipe.get("skip") or {}).values()))
         if skipped:
             parts.append(f"{skipped} block{'s' * (skipped > 1)} skipped")
@@ -132,14 +134,14 @@ class Report:
             parts.append(self.model)
         if self.graphs:
             parts.append(f"{self.graphs} graph{'s' * (self.graphs > 1)} compiled in {self.compile_s:.1f} s")
-        return " · ".join([*parts, *self.notes])
+        return " · ".join([*parts, *self.notes, *last])
 
     def _why_nothing(self) -> str:
         """What kept every evaluation from reuse; where changes were measured, the one that came closest."""
         measured = [e for e in self.evaluations if e.change is not None and math.isfinite(e.change)]
         if measured:
             closest = min(measured, key=lambda e: e.change if e.change is not None else 0.0)
-            return f"closest was {closest.reason}"
+            return f"at the closest {closest.reason}"
         reasons = [e.reason for e in self.evaluations if e.reason not in ("first", "last", "fresh lane")]
         if not reasons:
             return "too few steps"
