@@ -25,7 +25,7 @@ class Room:
 
 DATA = ("data",)  # where shipped files lie: pathlib only
 # can be worked out on paper
-PAPER = ("recipe", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
+PAPER = ("recipe", "cache_section", "sections", "values", "anatomy", "moment", "plan", "policy", "predict", "unused")
 TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_keys", "attention_streams", "marks")
 INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
 MEMORY = ("lane", "seam", "call", "session", "gate", "report", *INSIDE)
@@ -38,7 +38,11 @@ ROOMS = (
     Room(DATA),
     # tomli is the standard library's tomllib on Python 3.10.
     Room(("recipe",), hasten=(*DATA, *PAPER), packages=("numpy", "tomli")),
-    Room(("sections", "values", "anatomy", "policy", "predict", "unused"), hasten=PAPER, packages=("numpy",)),
+    Room(
+        ("cache_section", "sections", "values", "anatomy", "policy", "predict", "unused"),
+        hasten=PAPER,
+        packages=("numpy",),
+    ),
     Room(("moment", "plan"), hasten=PAPER),
     Room(("kernels",), hasten=("kernels",), packages=("torch", "triton")),
     Room(("signal", "tokens"), hasten=("kernels",), packages=("torch",)),

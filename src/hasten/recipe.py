@@ -1,7 +1,8 @@
 """recipe.py says WHAT is wanted: frozen settings that travel as TOML, JSON or a dict.
 
-It knows names, ranges and defaults. It knows no tensor, no model and no host; what a recipe means for
-a given model is worked out in plan.py, when to compute in policy.py, what stands in in predict.py.
+Settings and their ranges are its sections' own (cache_section.py, sections.py). It knows no tensor, no model and no
+host; what a recipe means for a given model is worked out in plan.py, when to compute in policy.py, what stands in in
+predict.py.
 """
 
 from __future__ import annotations
@@ -14,266 +15,38 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hasten.cache_section import DEFAULT_THRESHOLDS, INSIDE_BLOCKS, METHODS, PREDICTORS, TEACACHE_FLUX, Cache
 from hasten.data import recipe_folder
-from hasten.sections import Compile, Quantize
-from hasten.values import at_least, between, known, nearest, one_of, typed
+from hasten.sections import ATTENTIONS, Attention, Compile, Quantize, Skip, Tokens
+from hasten.values import known, nearest, typed
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover - Python 3.10 only
     import tomli as tomllib
 
+__all__ = [
+    "ATTENTIONS",
+    "DEFAULT_THRESHOLDS",
+    "INSIDE_BLOCKS",
+    "METHODS",
+    "PREDICTORS",
+    "TEACACHE_FLUX",
+    "Attention",
+    "Cache",
+    "Compile",
+    "Quantize",
+    "Recipe",
+    "Skip",
+    "Tokens",
+    "recipe_names",
+]
+
 SCHEMA = 1
 SUFFIXES = (".toml", ".json")
 
-METHODS = (
-    "none",
-    "fbcache",
-    "mbcache",
-    "teacache",
-    "easycache",
-    "magcache",
-    "interval",
-    "schedule",
-    "toca",
-    "duca",
-    "modules",
-)
-# Those that remember what each module of a block gave out, and refresh or forecast it between full evaluations.
-INSIDE_BLOCKS = ("toca", "duca", "modules")
-PREDICTORS = ("hold", "taylor", "chebyshev", "damped", "weights")
-
-# Highest power first, as numpy.polyval takes them. Source: TeaCache4FLUX (ali-vilab/TeaCache, 2024).
-TEACACHE_FLUX = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
-
-# attention.py's back-ends, "auto" for the fastest that is near enough, "unchanged" for the host's own.
-ATTENTIONS = (
-    *("unchanged", "auto", "sdpa", "cudnn", "flash2", "flash3", "flex", "sage", "kitchen", "int8", "int8_fp8"),
-    *("sparge", "sol", "sparse"),
-)
-
-# Where a threshold is left out. fbcache: ParaAttention's middle setting for FLUX; mbcache: the original
-# ComfyUI-Lightning node; teacache: its authors' 1.8x setting; easycache: ComfyUI's node; magcache: its authors.
-DEFAULT_THRESHOLDS = {
-    "fbcache": 0.12,
-    "mbcache": 0.25,
-    "teacache": 0.4,
-    "easycache": 0.2,
-    "magcache": 0.06,
-}
-
 # Mildest first: the order in which they are listed and shown.
 SHIPPED = ("lossless", "balanced", "fast", "turbo")
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Settings of the step cache: one row of the table signal, policy, predictor, span.
-
-    Fractions (`start`, `end`) are of the run's intervals, `steps` and `every` are counted in intervals,
-    sigmas are the run's own. `compare_with` says which earlier evaluation a signal is held against:
-    the last "computed" one, or the "latest" one whether computed or not; `distance` how: the relative "l1" distance
-    (`relative_to` names its denominator), or half of one minus the "cosine", which knows no size.
-    """
-
-    method: str = "none"
-    signal: str = "residual"
-    distance: str = "l1"
-    relative_to: str = "previous"
-    compare_with: str = "auto"
-    threshold: float | None = None
-    thresholds: tuple[float, ...] = ()
-    steps: tuple[int, ...] = ()
-    of: int = 0
-    every: int = 4
-    growth: float = 0.0
-    coefficients: tuple[float, ...] = TEACACHE_FLUX
-    ratios: tuple[float, ...] = ()
-    start: float = 0.0
-    end: float = 1.0
-    sigma_start: float | None = None
-    sigma_end: float | None = None
-    max_consecutive_hits: int = -1
-    first: bool = True
-    last: bool = True
-    predictor: str = "hold"
-    order: int = 1
-    degree: int = 4
-    ridge: float = 0.1
-    blend: float = 0.5
-    window: int = 10
-    reach: float = 0.15
-    weights: tuple[tuple[float, ...], ...] = ()
-    device: str = "auto"
-    dtype: str = "model"
-
-    def threshold_or_default(self) -> float:
-        """The threshold, or the method's published one where none is given."""
-        return DEFAULT_THRESHOLDS[self.method] if self.threshold is None else self.threshold
-
-    def compares_with_latest(self) -> bool:
-        """Whether a signal is compared with the latest evaluation, reused ones included.
-
-        "auto" keeps each published rule: First-Block cache on residuals compares with the last computed
-        evaluation (diffusers, ParaAttention); on outputs, as the original ComfyUI-Lightning nodes do, and
-        where changes are added up (TeaCache, EasyCache), with the latest.
-        """
-        if self.compare_with != "auto":
-            return self.compare_with == "latest"
-        return self.method in ("teacache", "easycache") or self.signal == "output"
-
-    def __post_init__(self) -> None:
-        one_of("cache.method", self.method, METHODS)
-        one_of("cache.signal", self.signal, ("residual", "output"))
-        one_of("cache.distance", self.distance, ("l1", "cosine"))
-        one_of("cache.relative_to", self.relative_to, ("previous", "current"))
-        one_of("cache.compare_with", self.compare_with, ("auto", "computed", "latest"))
-        one_of("cache.predictor", self.predictor, PREDICTORS)
-        one_of("cache.device", self.device, ("auto", "cpu"))
-        one_of("cache.dtype", self.dtype, ("model", "float32"))
-        if self.threshold is not None:
-            between("cache.threshold", self.threshold, 0.0, 10.0)
-        for value in self.thresholds:
-            between("cache.thresholds", value, 0.0, 10.0)
-        between("cache.start", self.start, 0.0, 1.0)
-        between("cache.end", self.end, 0.0, 1.0)
-        if self.start > self.end:
-            raise ValueError(
-                f"cache.start is {self.start} and cache.end is {self.end}: start must not be after end; swap them."
-            )
-        if self.sigma_start is not None and self.sigma_end is not None and self.sigma_start < self.sigma_end:
-            raise ValueError(
-                f"cache.sigma_start is {self.sigma_start} and cache.sigma_end is {self.sigma_end}: sigmas fall, so the "
-                "start must not be below the end; swap them."
-            )
-        at_least("cache.max_consecutive_hits", self.max_consecutive_hits, -1, "-1 means unlimited")
-        at_least("cache.every", self.every, 1, "1 computes every evaluation")
-        between("cache.growth", self.growth, 0.0, 100.0)
-        between("cache.order", self.order, 0, 2)
-        between("cache.degree", self.degree, 1, 8)
-        between("cache.ridge", self.ridge, 0.0, 1000.0)
-        between("cache.blend", self.blend, 0.0, 1.0)
-        between("cache.window", self.window, 2, 16)
-        between("cache.reach", self.reach, 0.001, 10.0)
-        at_least("cache.of", self.of, 0, "0 takes the steps as they are")
-        for step in self.steps:
-            at_least("cache.steps", step, 0, "steps count from 0")
-        if self.of and self.steps and max(self.steps) >= self.of:
-            raise ValueError(
-                f"cache.steps names step {max(self.steps)} of a run of cache.of = {self.of} steps: "
-                f"the largest allowed is {self.of - 1}."
-            )
-        if self.method == "schedule" and not self.steps:
-            raise ValueError(
-                "cache.method is schedule but cache.steps is empty: list the steps to compute, such as [0, 1, 4, 8]."
-            )
-        if self.method == "magcache" and not self.ratios:
-            raise ValueError(
-                "cache.method is magcache but cache.ratios is empty: measure them with `hasten calibrate`, "
-                "or copy a published list for your model."
-            )
-        if self.method == "teacache" and not self.coefficients:
-            raise ValueError("cache.coefficients is empty: leave it out to use FLUX's, highest power first.")
-        if self.predictor == "weights" and not self.weights:
-            raise ValueError("cache.predictor is weights but cache.weights is empty: give one row for each reuse.")
-        if self.weights and self.predictor != "weights":
-            raise ValueError(
-                f'cache.weights is given but cache.predictor is {self.predictor}: set predictor = "weights".'
-            )
-        if self.predictor == "weights" and self.method != "schedule":
-            raise ValueError(
-                f"cache.predictor is weights with cache.method {self.method}: fitted weights belong to a fixed "
-                'list of steps; set method = "schedule".'
-            )
-        if any(not row or len(row) > 16 for row in self.weights):
-            raise ValueError("each row of cache.weights takes 1 to 16 numbers, one for each remembered delta.")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Which tokens toca and duca refresh between full evaluations, and how what they reuse is kept.
-
-    ratio: the share of tokens, before the layer's and the stage's term. depth: the layer term falls from 1.5 to 0.5
-    over the "model"'s own blocks of a stage, or over 27 as in the "original". score: "attention" received, "value"
-    norm, "random", or "age" alone. queries: so many of them, evenly spread, tell the attention received; 0 takes all.
-    staleness: what a token gains that was left out for a whole period. spatial: what the best token of each cell of
-    `cell` x `cell` gains, a share of its own score. full_first: steps at the beginning that are computed in full.
-    memory: what is kept is in the "model"'s dtype, in "bf16", in "fp8", or in the model's dtype on the "host".
-    record: on a GPU a partial evaluation's launches are recorded once a run and played from then on, where the model's
-    weights stay in place.
-    The defaults are those of FLUX in ToCa's code (arXiv 2410.05317), which the original ComfyUI-Lightning took over;
-    but for `depth` and `queries`, there 27 and 0.
-    """
-
-    ratio: float = 0.1
-    depth: str = "model"
-    double: float = 0.4
-    single: float = 1.6
-    score: str = "attention"
-    queries: int = 256
-    staleness: float = 0.25
-    spatial: float = 0.0
-    cell: int = 4
-    seed: int = 0
-    full_first: int = 3
-    memory: str = "model"
-    record: bool = True
-
-    def __post_init__(self) -> None:
-        between("tokens.ratio", self.ratio, 0.0, 1.0)
-        one_of("tokens.depth", self.depth, ("model", "original"))
-        between("tokens.double", self.double, 0.0, 100.0)
-        between("tokens.single", self.single, 0.0, 100.0)
-        one_of("tokens.score", self.score, ("attention", "value", "random", "age"))
-        at_least("tokens.queries", self.queries, 0, "0 takes all of them")
-        between("tokens.staleness", self.staleness, 0.0, 100.0)
-        between("tokens.spatial", self.spatial, 0.0, 100.0)
-        at_least("tokens.cell", self.cell, 1, "1 gives every token the same")
-        at_least("tokens.seed", self.seed, 0, "it seeds the random score")
-        at_least("tokens.full_first", self.full_first, 0, "0 leaves it to the first evaluation")
-        one_of("tokens.memory", self.memory, ("model", "bf16", "fp8", "host"))
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Blocks that are never run: their input passes on unchanged. Indices count from 0."""
-
-    double: tuple[int, ...] = ()
-    single: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("double", "single"):
-            for index in getattr(self, name):
-                at_least(f"skip.{name}", index, 0, "blocks count from 0")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Which attention the model's blocks use; the host's own in the steps and blocks that stay exact.
-
-    error: the largest relative L1 error that "auto" may choose. keep: the share of blocks of keys that "sparse" and
-    "sol" keep. tuned: a file of `hasten tune-attention` with "sparse"'s settings for each head, instead of keep.
-    exact_first, exact_last: of the run's intervals; exact_blocks: counted from 0 over all blocks.
-    """
-
-    backend: str = "unchanged"
-    error: float = 0.06
-    keep: float = 0.5
-    tuned: str = ""
-    exact_first: int = 0
-    exact_last: int = 0
-    exact_blocks: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        one_of("attention.backend", self.backend, ATTENTIONS)
-        between("attention.error", self.error, 0.0, 1.0)
-        between("attention.keep", self.keep, 0.01, 1.0)
-        if self.tuned and self.backend != "sparse":
-            raise ValueError(f'attention.tuned is given but attention.backend is {self.backend}: set it to "sparse".')
-        at_least("attention.exact_first", self.exact_first, 0, "0 keeps no step exact")
-        at_least("attention.exact_last", self.exact_last, 0, "0 keeps no step exact")
-        for block in self.exact_blocks:
-            at_least("attention.exact_blocks", block, 0, "blocks count from 0")
 
 
 @dataclass(frozen=True)
