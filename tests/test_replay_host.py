@@ -16,6 +16,8 @@ import hasten
 from hasten import attention
 from hasten.attention_backends import BACKENDS, SPARSE, Backend
 from hasten.hosts.diffusers_attention import block_names
+from hasten.hosts.diffusers_blocks import layers_at_a_look, layers_of
+from hasten.hosts.diffusers_hooks import parts_of
 from hasten.hosts.diffusers_stack import Stack, blocks_of
 from hasten.replay import Replays
 from hasten.sparse import Heads, save_settings
@@ -68,6 +70,13 @@ def test_what_is_replayed_is_what_is_launched(everyone: list[Careless], name: st
     # Where almost every step is reused, blocks behind the first are met once a run: recorded in the second.
     assert len(everyone) == 6 and all(recording.replays for recording in everyone)
     assert torch.equal(paint(pipe, steps=6), paint(small(), steps=6))
+
+
+def test_layers_found_at_a_look_are_the_blocks_layers() -> None:
+    blocks = small().transformer
+    for block in (*blocks.transformer_blocks, *blocks.single_transformer_blocks):
+        assert list(map(id, layers_at_a_look(block))) == list(map(id, layers_of(block)))
+        assert set(parts_of(block)) == set(block.modules())
 
 
 def test_a_lora_merged_is_heard_and_one_beside_the_layers_is_not_recorded(everyone: list[Careless]) -> None:

@@ -169,9 +169,11 @@ def _plain(block: nn.Module) -> bool:
     return not any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in block.modules())
 
 
-def still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None) -> bool:
+def still_plain(
+    block: nn.Module, joint_attention_kwargs: dict[str, Any] | None, layers: list[Any] | None = None
+) -> bool:
     """Whether this call may go through the fused block: adapters may have come since (LoRA), or an attention that
-    takes more than queries, keys and values."""
+    takes more than queries, keys and values. layers: the block's, where they are known."""
     processor: Any = block.attn.processor  # type: ignore[union-attr]
     if type(processor).__name__ not in ("FluxAttnProcessor", "HastenFluxAttnProcessor"):
         return False
@@ -179,7 +181,8 @@ def still_plain(block: nn.Module, joint_attention_kwargs: dict[str, Any] | None)
         return False
     if joint_attention_kwargs and any(name != "scale" for name in joint_attention_kwargs):
         return False
-    return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in layers_of(block))
+    found = layers_of(block) if layers is None else layers
+    return all(type(layer) is nn.Linear or type(layer) is Linear8 for layer in found)
 
 
 def layers_of(block: Any) -> list[Any]:
@@ -194,6 +197,22 @@ def layers_of(block: Any) -> list[Any]:
         *(block.norm1.linear, block.norm1_context.linear),
         *(block.ff.net[0].proj, block.ff.net[2], block.ff_context.net[0].proj, block.ff_context.net[2]),
     ]
+
+
+def layers_at_a_look(block: nn.Module) -> list[Any]:
+    """layers_of by torch's own dictionaries, before each replay: a tenth of its time. The compiler reads layers_of."""
+    own = block.__dict__["_modules"]
+    attn = own["attn"].__dict__["_modules"]
+    found = [attn["to_q"], attn["to_k"], attn["to_v"]]
+    if "add_q_proj" not in attn:
+        return [*found, own["norm"].__dict__["_modules"]["linear"], own["proj_mlp"], own["proj_out"]]
+    found += [attn["add_q_proj"], attn["add_k_proj"], attn["add_v_proj"]]
+    found += [attn["to_out"].__dict__["_modules"]["0"], attn["to_add_out"]]
+    found += [own[name].__dict__["_modules"]["linear"] for name in ("norm1", "norm1_context")]
+    for name in ("ff", "ff_context"):
+        net = own[name].__dict__["_modules"]["net"].__dict__["_modules"]
+        found += [net["0"].__dict__["_modules"]["proj"], net["2"]]
+    return found
 
 
 def _pairs(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from hasten.attention_backends import Ask
 from hasten.hosts import diffusers_sana_block
-from hasten.hosts.diffusers_blocks import backend_of, layers_of, still_plain
-from hasten.hosts.diffusers_hooks import hooked
-from hasten.quantize import Linear8
+from hasten.hosts.diffusers_blocks import backend_of, layers_at_a_look, still_plain
+from hasten.hosts.diffusers_hooks import hooked, parts_of
 from hasten.replay import Replays
 
 # The attention to the words: any other processor may do more than launch kernels, which a replay would leave out.
@@ -39,12 +38,13 @@ def replayed(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Ca
             return out
 
         given = hidden_states, encoder_hidden_states, temb, *image_rotary_emb
-        if not replays.works or not still_plain(block, joint_attention_kwargs):
+        layers = layers_at_a_look(block)
+        if not replays.works or not still_plain(block, joint_attention_kwargs, layers):
             return called(*given)
         attention = getattr(block.attn.processor, "hasten_attention", None)  # type: ignore[union-attr]
         attended = _attended(block, hidden_states, encoder_hidden_states)
         # Steps that stay exact have recordings beside the others', not in their place.
-        which, marks = (block, attended[0]), (attended, *_lie(block))
+        which, marks = (block, attended[0]), (attended, *_lie(block, layers))
         return replays.run(which, marks, given, called, None if attention is None else attention.used)
 
     return run
@@ -60,14 +60,18 @@ def _attended(block: Any, image: Tensor, text: Tensor) -> tuple[Hashable, ...]:
     return state
 
 
-def _lie(block: Any) -> list[int]:
+def _lie(block: Any, layers: Sequence[nn.Module]) -> list[int]:
     """Where the block's weights lie."""
-    attn, lie = block.attn, []
-    for layer in layers_of(block):
-        tensors = layer.tensors() if type(layer) is Linear8 else (layer.weight, layer.bias)
-        lie += [tensor.data_ptr() for tensor in tensors]
-    norms = (attn.norm_q, attn.norm_k, getattr(attn, "norm_added_q", None), getattr(attn, "norm_added_k", None))
-    return lie + [norm.weight.data_ptr() for norm in norms if norm is not None]
+    attn = block.attn.__dict__["_modules"]
+    norms = [attn.get(name) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    return _addresses([*layers, *(norm for norm in norms if norm is not None)])
+
+
+def _addresses(parts: Sequence[nn.Module]) -> list[int]:
+    """Where the parts' own tensors lie. Asked before each replay: by look-ups, not by attributes."""
+    found = [part.__dict__ for part in parts]
+    lie = (tensor for own in found for kind in ("_parameters", "_buffers") for tensor in own[kind].values())
+    return [tensor.data_ptr() for tensor in lie if tensor is not None]
 
 
 def _ask(attn: Any, tokens: Tensor, rows: int, keys: int) -> Ask:
@@ -81,7 +85,7 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
         given = [*args, *kwargs.values()]
         tensors = tuple(value for value in given if isinstance(value, Tensor))
         rest = tuple(None if isinstance(value, Tensor) else (type(value), value) for value in given)
-        parts = [*block.modules()] if replays.works else []
+        parts = parts_of(block) if replays.works else []
         if (
             not parts
             or not all(value is None or isinstance(value[1], int | None) for value in rest)
@@ -104,12 +108,9 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             image = tensors[0]
             words = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
             attended = attention.state(_ask(block.attn2, image, image.shape[1], words.shape[1]))
-        marks: list[Hashable] = [attended]
-        for part in parts:
-            lie = (*part._parameters.values(), *part._buffers.values())
-            marks += [part, *(tensor.data_ptr() for tensor in lie if tensor is not None)]
+        marks = attended, *parts, *_addresses(parts)
         used = None if attention is None else attention.used
-        return replays.run((block, attended[0], positional, names, rest), tuple(marks), tensors, called, used)[0]
+        return replays.run((block, attended[0], positional, names, rest), marks, tensors, called, used)[0]
 
     return run
 
@@ -121,7 +122,7 @@ def replayed_end(module: nn.Module, call: Callable[..., Any], replays: Replays) 
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        parts = [*module.modules()] if replays.works and not kwargs else []
+        parts = parts_of(module) if replays.works and not kwargs else []
         plain = parts and args and all(type(value) is Tensor for value in args)
         if not plain or any(type(part).__module__.startswith("peft.") or hooked(part) for part in parts):
             return call(*args, **kwargs)
@@ -130,9 +131,7 @@ def replayed_end(module: nn.Module, call: Callable[..., Any], replays: Replays) 
             out = call(*given)
             return (out,) if isinstance(out, Tensor) else tuple(out)
 
-        lie = (tensor for part in parts for tensor in (*part._parameters.values(), *part._buffers.values()))
-        marks = tuple(tensor.data_ptr() for tensor in lie if tensor is not None)
-        out = replays.run(module, marks, args, called)
+        out = replays.run(module, tuple(_addresses(parts)), args, called)
         return out[0] if len(out) == 1 else tuple(out)
 
     return run
