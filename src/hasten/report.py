@@ -192,6 +192,11 @@ class Clock:
         self._device = device
         self._started = _event(device) if device.type == "cuda" else time.perf_counter()
 
+    def wait(self) -> None:
+        """Until the device has come to the beginning."""
+        if not isinstance(self._started, float):
+            self._started.synchronize()
+
     def stop(self) -> Callable[[], float]:
         """Marks the end; gives a function that reads the milliseconds later."""
         started = self._started

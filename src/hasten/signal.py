@@ -80,19 +80,25 @@ def largest(changes: Sequence[Tensor], meanwhile: Callable[[], None] | None = No
     return value()
 
 
-def on_its_way(number: Tensor) -> Callable[[], float]:
-    """Has a 0-dim tensor's number brought to the host, and gives what waits for it and for nothing launched later."""
+def on_its_way(number: Tensor, wait: Callable[[], None] | None = None) -> Callable[[], float]:
+    """Has a 0-dim tensor's number brought to the host, and gives what waits for it and for nothing launched later.
+
+    wait: waits for a mark that the caller sets right behind; one is set here if left out.
+    """
     if number.device.type != "cuda":
         known = float(number)
         return lambda: known
     with on_device(number.device):
         there = torch.empty((), dtype=number.dtype, pin_memory=True)
         there.copy_(number, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        if wait is None:
+            arrived = torch.cuda.Event()
+            arrived.record()
+            wait = arrived.synchronize
+    waits = wait
 
     def value() -> float:
-        arrived.synchronize()
+        waits()
         return float(there)
 
     return value

@@ -283,9 +283,10 @@ class Handle:
     def _entrance(self, session: Session, given: Mapping[str, Any]) -> Callable[[], Call]:
         """What enters the session with this call of the model; its time is on its way from the device meanwhile."""
         x, timestep, known = given["hidden_states"], given["timestep"], self._sigma()
-        time = on_its_way(timestep.flatten()[0]) if known is None else float
         clock = Clock()
-        clock.start(x.device)
+        one_device = clock.wait if timestep.device == x.device else None
+        time = on_its_way(timestep.flatten()[0], one_device) if known is None else float
+        clock.start(x.device)  # right behind the time, whose arrival it marks too
 
         def enter() -> Call:
             self._entering = None

@@ -44,18 +44,34 @@ def _tell_once(reason: str) -> None:
 
 
 def launch(kernels: Any, image: Tensor, entry: Tensor, before: Tensor, to_previous: bool) -> Tensor:
-    """The two kernels, one behind the other."""
+    """The kernel, whose programs share the work; the last of them adds up."""
     image, entry, before = (t.contiguous() for t in (image, entry, before))
     count = image.numel()
     programs = min(PROGRAMS, -(-count // BLOCK))
     rounds = -(-count // (programs * BLOCK))
-    parts = torch.empty((2, PROGRAMS), dtype=torch.float32, device=image.device)
-    change = torch.empty((), dtype=torch.float32, device=image.device)
-    kernels.change_parts[(programs,)](
-        image, entry, before, parts, count, rounds, PREVIOUS=to_previous, PROGRAMS=PROGRAMS, BLOCK=BLOCK
+    room = torch.empty(2 * PROGRAMS + 1, dtype=torch.float32, device=image.device)
+    change = room[-1]
+    kernels.change_of[(programs,)](
+        *(image, entry, before, room, change, _arrived(image.device, _stream(image.device)), count, rounds),
+        PREVIOUS=to_previous,
+        PROGRAMS=PROGRAMS,
+        BLOCK=BLOCK,
     )
-    kernels.change_whole[(1,)](parts, change, programs, PROGRAMS=PROGRAMS)
     return change
+
+
+@functools.cache
+def _arrived(device: torch.device, stream: int) -> Tensor:
+    """A count that each launch leaves at 0, one for each stream: on another a launch may be under way."""
+    return torch.zeros((), dtype=torch.int32, device=device)
+
+
+def _stream(device: torch.device) -> int:
+    """The current one's address."""
+    if device.type != "cuda":
+        return 0
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
 
 
 @functools.cache

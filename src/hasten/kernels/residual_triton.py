@@ -7,11 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def change_parts(  # type: ignore[no-untyped-def]
-    image, entry, before, parts, count, rounds, PREVIOUS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr
+def change_of(  # type: ignore[no-untyped-def]
+    image, entry, before, parts, change, arrived, count, rounds,
+    PREVIOUS: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program's share of sum |image - entry - before| and of sum |before| (or |image - entry|)."""
-    first = tl.program_id(0).to(tl.int64) * rounds * BLOCK
+    """Each program's share of sum |image - entry - before| and of sum |before| (or |image - entry|); whichever comes to
+    its end last makes one number of them, in their order: 0 over 0 is no change, anything over 0 is infinite.
+
+    arrived: how many came to their end, 0 before and after."""
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * rounds * BLOCK
     moved = tl.zeros((BLOCK,), tl.float32)
     scale = tl.zeros((BLOCK,), tl.float32)
     for step in range(rounds):
@@ -23,16 +28,16 @@ def change_parts(  # type: ignore[no-untyped-def]
         old = tl.load(before + at, mask=inside, other=0.0).to(tl.float32)
         moved += tl.abs((new - old).to(image.dtype.element_ty).to(tl.float32))
         scale += tl.abs(old) if PREVIOUS else tl.abs(new)
-    tl.store(parts + tl.program_id(0), tl.sum(moved, 0))
-    tl.store(parts + PROGRAMS + tl.program_id(0), tl.sum(scale, 0))
-
-
-@triton.jit
-def change_whole(parts, change, programs, PROGRAMS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The programs' sums as one number: 0 over 0 is no change, anything over 0 is infinite."""
-    at = tl.arange(0, PROGRAMS)
-    moved = tl.sum(tl.load(parts + at, mask=at < programs, other=0.0), 0)
-    scale = tl.sum(tl.load(parts + PROGRAMS + at, mask=at < programs, other=0.0), 0)
-    ratio = moved / tl.where(scale == 0.0, 1.0, scale)
-    ratio = tl.where((scale == 0.0) & (moved > 0.0), float("inf"), ratio)
-    tl.store(change, tl.where(moved == 0.0, 0.0, ratio))
+    tl.store(parts + program, tl.sum(moved, 0))
+    tl.store(parts + PROGRAMS + program, tl.sum(scale, 0))
+    tl.debug_barrier()  # all of this program's threads have written before one says so
+    programs = tl.num_programs(0)
+    if tl.atomic_add(arrived, 1) == programs - 1:
+        place = tl.arange(0, PROGRAMS)
+        # From L2, where the others wrote: a multiprocessor's own cache is not told of it.
+        all_moved = tl.sum(tl.load(parts + place, mask=place < programs, other=0.0, cache_modifier=".cg"), 0)
+        all_scale = tl.sum(tl.load(parts + PROGRAMS + place, mask=place < programs, other=0.0, cache_modifier=".cg"), 0)
+        ratio = all_moved / tl.where(all_scale == 0.0, 1.0, all_scale)
+        ratio = tl.where((all_scale == 0.0) & (all_moved > 0.0), float("inf"), ratio)
+        tl.store(change, tl.where(all_moved == 0.0, 0.0, ratio))
+        tl.atomic_xchg(arrived, 0)
