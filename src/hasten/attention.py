@@ -90,8 +90,7 @@ class Attention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v, all (B, H, N, D); a step of a graph for torch.compile, whatever is chosen."""
-        out: Tensor = torch.ops.hasten.attention(q, k, v, self.number)
-        return out.transpose(1, 2)
+        return attend_numbered(self.number, q, k, v)
 
     def state(self, ask: Ask) -> tuple[Hashable, ...]:
         """What the launches of such calls depend on beside their tensors: equal states, equal launches, of whichever.
@@ -196,6 +195,12 @@ class Attention:
 def live(number: Tensor) -> Attention | None:
     """The attention of that number, while a model has it."""
     return _LIVE.get(int(number))
+
+
+def attend_numbered(number: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What the attention of that number makes of a call: one graph for whichever it is."""
+    out: Tensor = torch.ops.hasten.attention(q, k, v, number)
+    return out.transpose(1, 2)
 
 
 @torch.library.custom_op("hasten::attention", mutates_args=())

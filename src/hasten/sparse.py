@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -212,24 +213,29 @@ def load_settings(file: Path, blocks: Sequence[str] | None = None, heads: int | 
         raise FileNotFoundError(f"there is no file {file}: check the path, or make one with `hasten tune-attention`.")
     try:
         with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
+            found, strange = _settings_in(opened, blocks)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}.") from None
-    found: dict[str, dict[str, Tensor]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        block, _, rest = key.partition(f".{PART}.")
-        # diffusers-like names of other packs lead with the block too: the exact name decides, never a part of it.
-        if rest not in NAMES or (blocks is not None and block not in blocks):
-            strange.append(key)
-        else:
-            found.setdefault(block, {})[rest] = tensor
     lacking = [f"{block}.{PART}.{name}" for block, has in found.items() for name in NAMES[:3] if name not in has]
     if not found or strange or lacking:
         words = [f"{len(strange)} keys do not match, such as {strange[0]}"] if strange else []
         words += [f"{len(lacking)} are missing, such as {lacking[0]}"] if lacking else []
         raise ValueError(f"{file} does not fit this model: {'; '.join(words) or 'it holds no settings'}.")
     return {block: _heads_of(file, block, values, heads) for block, values in found.items()}
+
+
+def _settings_in(opened: Any, blocks: Sequence[str] | None) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """An open file's settings by block and name, and its other keys, which are not read: it may be a whole model."""
+    found: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key in opened.keys():  # noqa: SIM118 - not a dict
+        block, _, rest = key.partition(f".{PART}.")
+        # diffusers-like names of other packs lead with the block too: the exact name decides, never a part of it.
+        if rest not in NAMES or (blocks is not None and block not in blocks):
+            strange.append(key)
+        else:
+            found.setdefault(block, {})[rest] = opened.get_tensor(key)
+    return found, strange
 
 
 def _heads_of(file: Path, block: str, values: Mapping[str, Tensor], heads: int | None) -> Heads:

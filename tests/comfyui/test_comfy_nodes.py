@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import hasten
+from hasten import attention
+from hasten.attention_backends import BACKENDS, SPARSE, Backend
 from hasten.hosts import comfy as host
-from hasten.hosts import comfy_lines
+from hasten.hosts import comfy_compile, comfy_lines, comfy_sparge
 from hasten.recipe import Recipe
-from hasten.sparse import load_settings
+from hasten.sparse import Heads, load_settings, save_settings
 
 pytestmark = [pytest.mark.comfy, pytest.mark.filterwarnings("default")]
 
@@ -168,6 +171,128 @@ def test_spargeattn_tunes_saves_and_loads_in_one_workflow(
     nodes["SaveSpargeAttnHyperparams"].execute(model, "mine")
     assert said[-1].startswith("nothing to save")
     assert torch.equal(rig.sample(model), stock)
+
+
+@pytest.fixture
+def sparse(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A back-end `sparse` for the CPU, whose results are a little smaller than they should be."""
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+
+    def attend(keep: float, text_rows: int, heads: Any = None, **others: Any) -> Any:
+        share = keep if heads is None else heads[0].reshape(1, -1, 1, 1)
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v) * share
+
+    monkeypatch.setitem(BACKENDS, "sparse", Backend("sparse", "the test's", SPARSE, lambda ask: None, attend(0.5, 0)))
+    monkeypatch.setattr(attention, "sparse", attend)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What nodes said."""
+    said: list[str] = []
+    for module in (host, comfy_lines, comfy_sparge):
+        monkeypatch.setattr(module, "tell", lambda node, text: said.append(text))
+    return said
+
+
+def tuned(names: list[str], heads: int) -> dict[str, Heads]:
+    return {name: Heads(*(torch.full((heads,), n) for n in (True, 0.9, 0.0, 20.0))) for name in names}
+
+
+def test_tuned_files_of_other_models_are_refused_in_a_sentence(
+    nodes: dict[str, Any], rig: Any, model: Any, sparse: None, said: list[str], tmp_path: Path
+) -> None:
+    from hasten.hosts.comfy_sana_nodes import _folders
+
+    _folders().add_model_folder_path("checkpoints", str(tmp_path))
+    network = model.model.diffusion_model
+    names, heads = comfy_sparge.block_names(network), network.params.num_heads
+    files = {
+        "mine": (tuned(names, heads), None),
+        "fewer": (tuned(names[:2], heads), None),
+        "heads": (tuned(names, heads + 1), "double_blocks.0 has 3 heads, 2 heads are expected"),
+        "bigger": (tuned([*names, "single_blocks.9"], heads), "keys do not match, such as single_blocks.9"),
+    }
+    for name, (settings, _) in files.items():
+        save_settings(settings, tmp_path / f"{name}.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"nothing of the kind")
+    refusals = {name: words for name, (_, words) in files.items() if words} | {"junk": "cannot be read"}
+    given = {**ORIGINAL["ApplySpargeAttn"], "model": model, "tuned_hyperparams": "None"}
+    given["skip_DoubleStreamBlocks"] = "9"  # a block that is not there
+    stock = rig.sample(model)
+    for name, words in (*refusals.items(), ("gone", "not found")):
+        assert nodes["ApplySpargeAttn"].execute(**{**given, "tuned_hyperparams": f"{name}.safetensors"})[0] is model
+        assert said[-1].startswith("left as it is: ") and words in said[-1] and "\n" not in said[-1]
+    drawn = {}
+    for name, calls in (("mine", 48), ("fewer", 16)):
+        own = nodes["ApplySpargeAttn"].execute(**{**given, "tuned_hyperparams": f"{name}.safetensors"})[0]
+        drawn[name] = rig.sample(own)
+        assert said[-1].startswith(
+            f"attention sparse in {calls // 8} of 6 blocks, {name}.safetensors · took {calls} of 48"
+        )
+    assert not torch.equal(drawn["mine"], drawn["fewer"]) and not torch.equal(drawn["mine"], stock)
+    # A second node in the first one's place has its own blocks alone; without either the picture is stock's.
+    both = nodes["ApplySpargeAttn"].execute(**{**given, "model": own, "skip_DoubleStreamBlocks": "0"})[0]
+    only = nodes["ApplySpargeAttn"].execute(**{**given, "skip_DoubleStreamBlocks": "0"})[0]
+    assert torch.equal(rig.sample(both), rig.sample(only))
+    unchanged = nodes["LightningAttention"].execute(both, "unchanged")[0]
+    assert unchanged.model_options["transformer_options"].get("patches_replace", {}).get("dit", {}) == {}
+    assert torch.equal(rig.sample(unchanged), stock) and torch.equal(rig.sample(model), stock)
+
+
+def test_sparse_blocks_are_compiled_once_for_each_kind(rig: Any, sparse: None) -> None:
+    made: list[int] = []
+
+    def counting(graph: Any, inputs: Any, **options: Any) -> Any:
+        made.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.register_backend(counting, name="hasten_counting")
+    model = rig.tiny_model(double=4, single=6)
+    names = comfy_sparge.block_names(model.model.diffusion_model)
+    for _ in range(2):  # queued again with another node: nothing is compiled
+        put = comfy_sparge.put_sparge(model, names[1:])
+        compiled = comfy_compile.compile_blocks(put, backend="hasten_counting")[0]
+        for size in (8, 12, 16):
+            assert torch.allclose(
+                rig.sample(compiled, size=size, steps=2), rig.sample(put, size=size, steps=2), atol=1e-5
+            )
+        # Sparse blocks of two kinds, one left dense (in the pieces of ComfyUI's own), and the second size.
+        assert len(made) <= 12
+    torch._dynamo.reset()
+
+
+def test_a_place_that_cannot_be_written_costs_no_picture(
+    nodes: dict[str, Any], rig: Any, model: Any, said: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+    from hasten.hosts.comfy_sana_nodes import _folders
+
+    folders = _folders()
+    monkeypatch.setattr(folders, "get_output_directory", lambda: str(tmp_path / "out"))
+    monkeypatch.setattr(folders, "output_directory", str(tmp_path / "out"))
+    monkeypatch.setattr(folders, "get_temp_directory", lambda: str(tmp_path / "temp"))
+    given = {**ORIGINAL["ApplySpargeAttn"], "model": model, "tuned_hyperparams": "None", "enable_tuning_mode": True}
+    searching, stock = nodes["ApplySpargeAttn"].execute(**given)[0], rig.sample(model)
+    for prefix in ("../elsewhere", "/elsewhere"):
+        nodes["SaveSpargeAttnHyperparams"].execute(searching, prefix)
+        assert said[-1].startswith(f"not saved: filename_prefix is {prefix!r} (ERROR: Saving image outside")
+    nodes["SaveSpargeAttnHyperparams"].execute(searching, "mine")
+    real = comfy_sparge.save_settings
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(comfy_sparge, "save_settings", full)
+    assert torch.equal(rig.sample(searching), stock)
+    assert any("cannot be written ([Errno 28] No space left on device): what was found stays in" in s for s in said)
+    monkeypatch.setattr(comfy_sparge, "save_settings", real)
+    assert torch.equal(rig.sample(searching), stock)
+    assert len(list((tmp_path / "out").glob("mine_*.safetensors"))) == 1
+    assert any(s.startswith("mine_00001_.safetensors: ") for s in said)  # said when it is written, not before
 
 
 def test_recipes_are_built_and_read_from_files(nodes: dict[str, Any], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def choices() -> list[str]:
 
 def put_attention(model: Any, backend: str) -> Any:
     """A clone of `model` that attends with `backend`; one of ours from before is replaced, another's is kept behind."""
-    clone = model.clone()
+    clone = without_names(model)
     to = clone.model_options.setdefault("transformer_options", {})
     found = to.get(SLOT)
     found = getattr(found, "hasten_found", found)
@@ -80,9 +80,22 @@ def tell_grid(clone: Any, attentions: Iterable[Attention]) -> None:
         clone.add_wrapper_with_key(APPLY_MODEL, GRID, applying)
 
 
+def without_names(model: Any) -> Any:
+    """A clone of `model` whose blocks tell their attention no more whose it is, see comfy_sparge.py."""
+    clone = model.clone()
+    to = clone.model_options.get("transformer_options", {})
+    dit = to.get("patches_replace", {}).get("dit", {})
+    if any(hasattr(patch, "hasten_before") for patch in dit.values()):
+        kept = {key: getattr(patch, "hasten_before", patch) for key, patch in dit.items()}
+        kept = {key: patch for key, patch in kept.items() if patch is not None}
+        # As ComfyUI's own nodes do: dicts of its own for this clone.
+        to["patches_replace"] = {**to["patches_replace"], "dit": kept}
+    return clone
+
+
 def drop_attention(model: Any) -> Any:
     """A clone of `model` without an override of ours."""
-    clone = model.clone()
+    clone = without_names(model)
     tell_grid(clone, [])
     to = clone.model_options.setdefault("transformer_options", {})
     if hasattr(to.get(SLOT), "hasten_found"):

@@ -1,6 +1,7 @@
 """comfy_sparge.py: the original pack's SpargeAttn nodes, by our block-sparse attention, per model and removable.
 
-Which block a call of ComfyUI's attention belongs to is told by a patch around each block, chained onto what is there.
+Which block a call of ComfyUI's attention belongs to is told by a patch around each block, chained onto what is there,
+and by a number in a tensor, for compiled blocks would be compiled anew for each name.
 In tuning mode every picture is exact, and a few steps of it are searched; what was found is saved when the sampling is
 over, wherever in the graph the saving node stands.
 """
@@ -11,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
 
-from hasten.attention import Attention
+from hasten.attention import Attention, attend_numbered
 from hasten.attention_backends import Ask
+from hasten.hosts.comfy import tell
 from hasten.hosts.comfy_attention import SLOT, TEXT_ROWS, drop_attention, tell_grid
 from hasten.hosts.comfy_lines import counted
 from hasten.hosts.comfy_options import ATTENTION, OUTER_SAMPLE
@@ -42,18 +45,22 @@ def block_names(network: Any, skip: Skip = Skip()) -> list[str]:  # noqa: B008 -
 
 
 class Search:
-    """A search that lives on the clone: its tuning, and where it is to be saved when a run is over."""
+    """A search that lives on the clone: its tuning, where it is to be saved when a run is over, and who says so."""
 
     def __init__(self, tuning: Tuning) -> None:
         self.tuning = tuning
         self.to: Path | None = None
+        self.node: str | None = None
 
     def save(self) -> str:
-        """Writes what was found so far; a sentence about it."""
+        """Writes what was found so far; a sentence about it, or about why it could not be written."""
         if not self.tuning.settings:
             return "nothing was tuned yet: the file is written when the sampling is over"
         assert self.to is not None
-        save_settings(self.tuning.settings, self.to)
+        try:
+            save_settings(self.tuning.settings, self.to)
+        except (OSError, SafetensorError) as error:
+            return f"{self.to} cannot be written ({error}): what was found stays in {self.tuning.file}"
         more = f", {self.tuning.left} calls are left: queue it again" if self.tuning.left else ""
         return f"{self.to.name}: {self.tuning.words()}{more}"
 
@@ -65,20 +72,26 @@ def put_sparge(
     clone = drop_attention(model)
     to = clone.model_options.setdefault("transformer_options", {})
     found = to.get(SLOT)
-    to[SLOT] = _override(set(names), found, settings, search)
-    tell_grid(clone, to[SLOT].hasten_attentions)
+    said: list[str] = []
+    attentions = {name: Attention("sparse", say=_once(said)) for name in names}
+    for name, heads in (settings or {}).items():
+        if name in attentions:
+            attentions[name].heads = Numbers(heads.keep, heads.alike, heads.skip_below)
+    to[SLOT] = _override(attentions, found, said, search)
+    tell_grid(clone, attentions.values())
     to[ATTENTION] = "sparse" if search is None else "being tuned"
     # Patches as ComfyUI's own nodes put them: a dict of its own for this clone.
     replace = dict(to.get("patches_replace", {}))
     dit = dict(replace.get("dit", {}))
-    for name in names:
+    text_rows = [TEXT_ROWS]
+    for name, attention in attentions.items():
         kind, _, index = name.partition("_blocks.")
         key = (f"{kind}_block", int(index))
-        dit[key] = _naming(name, getattr(dit.get(key), "hasten_before", dit.get(key)))
+        dit[key] = _naming(attention, text_rows, dit.get(key))
     replace["dit"] = dit
     to["patches_replace"] = replace
+    clone.remove_wrappers_with_key(OUTER_SAMPLE, KEY)
     if search is not None:
-        clone.remove_wrappers_with_key(OUTER_SAMPLE, KEY)
         clone.add_wrapper_with_key(OUTER_SAMPLE, KEY, _saving(search))
     return clone
 
@@ -96,18 +109,22 @@ def _saving(search: Search) -> Callable[..., Any]:
             return executor(*args, **kwargs)
         finally:
             if search.to is not None and search.tuning.settings:
-                search.save()
+                tell(search.node, search.save())
 
     return sampling
 
 
-def _naming(name: str, before: Any) -> Callable[..., Any]:
-    """A patch around one block that says its name to the attention inside, and how many tokens are text."""
+def _naming(attention: Attention, text_rows: list[int], before: Any) -> Callable[..., Any]:
+    """A patch around one block that says inside whose attention it is, and to that how many tokens are text.
+
+    text_rows: of the latest block that was given its text apart; single blocks are not.
+    """
 
     def patch(args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        to = {**(args.get("transformer_options") or {}), BLOCK: name}
         if "txt" in args:
-            to[f"{BLOCK}_text"] = args["txt"].shape[1]
+            text_rows[0] = args["txt"].shape[1]
+        attention.text_rows = text_rows[0]
+        to = {**(args.get("transformer_options") or {}), BLOCK: attention.number}
         own = {**args, "transformer_options": to}
         return extra["original_block"](own) if before is None else before(own, extra)
 
@@ -116,34 +133,29 @@ def _naming(name: str, before: Any) -> Callable[..., Any]:
 
 
 def _override(
-    names: set[str], found: Any, settings: Mapping[str, Heads] | None, search: Search | None
+    attentions: Mapping[str, Attention], found: Any, said: list[str], search: Search | None
 ) -> Callable[..., Any]:
-    said: list[str] = []
-    attentions = {name: Attention("sparse", say=_once(said)) for name in names}
-    for name, heads in (settings or {}).items():
-        if name in attentions:
-            attentions[name].heads = Numbers(heads.keep, heads.alike, heads.skip_below)
-    text_rows = [TEXT_ROWS]
+    known = {int(attention.number): (name, attention) for name, attention in attentions.items()}
 
     def overriding(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         to = kwargs.get("transformer_options") or {}
-        text_rows[0] = to.get(f"{BLOCK}_text", text_rows[0])
-        name = to.get(BLOCK)
-        attention = None if name is None else attentions.get(name)
+        number: Any = to.get(BLOCK)
         heads = args[3] if len(args) > 3 else kwargs["heads"]
         mask = args[4] if len(args) > 4 else kwargs.get("mask")
         q, k, v = args[:3]
         if not kwargs.get("skip_reshape", False):
             q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        plain = mask is None and kwargs.get("scale") is None
-        takes_it = attention is not None and plain and search is None and attention.fits(Ask.of(q, k))
+        plain = number is not None and mask is None and kwargs.get("scale") is None
+        takes_it = plain and search is None
+        if takes_it and not torch.compiler.is_compiling():  # compiled, the attention itself gives way as it runs
+            takes_it = int(number) in known and known[int(number)][1].fits(Ask.of(q, k))
         counted(kwargs, takes_it, "sparse" if takes_it else "", said)
-        if search is not None and name is not None and mask is None and _looked_at(to):
-            search.tuning.see(name, q, k, v, text_rows=text_rows[0], grid=attentions[name].grid)
-        if not takes_it or attention is None:
+        if search is not None and plain and int(number) in known and _looked_at(to):
+            name, attention = known[int(number)]
+            search.tuning.see(name, q, k, v, text_rows=attention.text_rows, grid=attention.grid)
+        if not takes_it:
             return func(*args, **kwargs) if found is None else found(func, *args, **kwargs)
-        attention.text_rows = text_rows[0]
-        out: Tensor = attention(q, k, v)
+        out = attend_numbered(number, q, k, v)
         return out if kwargs.get("skip_output_reshape", False) else out.transpose(1, 2).flatten(2)
 
     overriding.hasten_found = found  # type: ignore[attr-defined]

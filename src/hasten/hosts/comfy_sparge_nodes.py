@@ -77,8 +77,9 @@ class ApplySpargeAttn(Lightning):
             if tuned_hyperparams != "None":
                 path = Path(folder_paths.get_full_path_or_raise("checkpoints", tuned_hyperparams))
                 settings = load_settings(path, comfy_sparge.block_names(network), network.params.num_heads)
+                every = len(comfy_sparge.block_names(network))
                 names = [name for name in names if name in settings]
-                said = f"attention sparse, {tuned_hyperparams}"
+                said = f"attention sparse in {len(names)} of {every} blocks, {tuned_hyperparams}"
         except (ValueError, OSError) as reason:
             return cls.passed_through(str(reason).rstrip("."), model)
         put = comfy_sparge.put_sparge(model, names, settings=settings)
@@ -112,9 +113,13 @@ class SaveSpargeAttnHyperparams(Lightning):
         if search is None:
             cls.say("nothing to save: no Apply SpargeAttn in tuning mode is before this node")
             return io.NodeOutput()
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        search.to = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        try:
+            folder, name, counter, _, _ = folder_paths.get_save_image_path(
+                filename_prefix, folder_paths.get_output_directory()
+            )
+        except Exception as error:  # ComfyUI's refusal of a place outside its output folder has no class of its own
+            cls.say(f"not saved: filename_prefix is {filename_prefix!r} ({str(error).strip('* ').splitlines()[0]})")
+            return io.NodeOutput()
+        search.to, search.node = Path(folder) / f"{name}_{counter:05}_.safetensors", cls.node_id()
         cls.say(search.save())
         return io.NodeOutput()
