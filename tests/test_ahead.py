@@ -144,7 +144,21 @@ def test_the_largest_change_is_read_behind_what_is_launched_meanwhile() -> None:
     assert order == ["work"]
 
 
-def test_a_call_takes_its_place_at_the_first_block_behind_the_embedders(monkeypatch: pytest.MonkeyPatch) -> None:
+EMBEDDERS = ["x_embedder", "time_text_embed", "context_embedder"]
+
+
+@pytest.mark.parametrize(
+    ("given", "behind"),
+    [
+        (recipe("fbcache", threshold=1.0), ["block", "enter"]),
+        (recipe("teacache", threshold=1.0), ["enter", "block"]),
+        (recipe("fbcache", threshold=1.0) | {"attention": {"backend": "sdpa"}}, ["enter", "block"]),
+        (recipe("easycache", threshold=1.0), None),
+    ],
+)
+def test_a_call_takes_its_place_behind_what_runs_whatever_is_decided(
+    given: dict[str, Any], behind: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that a GPU has work while the host waits for the call's time and looks its lanes up."""
     order: list[str] = []
     enter = Session.enter
@@ -154,15 +168,15 @@ def test_a_call_takes_its_place_at_the_first_block_behind_the_embedders(monkeypa
         return enter(*args, **kwargs)
 
     monkeypatch.setattr(Session, "enter", entering)
-    model, given = transformer(), model_inputs()
-    for name in ("x_embedder", "time_text_embed", "context_embedder"):
+    model = transformer()
+    for name in EMBEDDERS:
         getattr(model, name).register_forward_pre_hook(lambda *call, name=name: order.append(name))
     model.transformer_blocks[0].register_forward_pre_hook(lambda *call: order.append("block"))
-    handle = hasten.apply(model, EAGER["fbcache"])
+    handle = hasten.apply(model, given)
     with torch.no_grad(), handle.run([1.0, 0.5, 0.0]):
-        model(**{**given, "timestep": torch.tensor([1.0])})
+        model(**{**model_inputs(), "timestep": torch.tensor([1.0])})
     handle.remove()
-    assert order == ["x_embedder", "time_text_embed", "context_embedder", "enter", "block"]
+    assert order == (["enter", *EMBEDDERS, "block"] if behind is None else [*EMBEDDERS, *behind])
 
 
 def test_a_call_that_fails_before_its_first_block_takes_no_place() -> None:

@@ -41,6 +41,11 @@ class Terms:
     lock: AbstractContextManager[Any] = field(default_factory=RLock)
 
 
+def copy_of(image: Tensor) -> Tensor:
+    """The tokens of a host's tensor in one of our own: Comfy's blocks add in place."""
+    return image.detach().clone()
+
+
 class Call:
     """One model call of an evaluation, with its lanes' rows; gates act through it."""
 
@@ -62,8 +67,11 @@ class Call:
 
     def keep_entry(self, block: int, image: Tensor) -> None:
         """Keeps a block's input because a residual is measured from it."""
-        # Comfy's blocks add in place: keep a copy, not a reference.
-        self._entries[block] = image.detach().clone()
+        self.take_entry(block, copy_of(image))
+
+    def take_entry(self, block: int, copy: Tensor) -> None:
+        """keep_entry's copy, where it was made before the call entered."""
+        self._entries[block] = copy
 
     def keep_seam(self, seam: int, image: Tensor) -> None:
         """Keeps a span's input, (B, N, C), where nothing is measured or decided at it."""

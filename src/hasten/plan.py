@@ -56,6 +56,12 @@ class Plan:
         """Blocks at which a gate does more than run its block or pass it; inside blocks, all of them."""
         return frozenset(self.seams) | self.entries_from | self.skip | ({self.end} if self.gated else frozenset())
 
+    @cached_property
+    def run_anyway(self) -> frozenset[int]:
+        """Blocks before the first seam that are run whatever is decided there."""
+        first = min(self.seams, default=0)
+        return frozenset(block for block in range(first) if block not in self.skip and block != self.end)
+
     def without_reuse(self) -> Plan:
         """This plan with every block computed but those that are skipped."""
         return replace(self, seams=(), signal="none", entries={}, whole_model=False, ratios=())

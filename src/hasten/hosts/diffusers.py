@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.call import Call
+from hasten.call import Call, copy_of
 from hasten.gate import Gate, Streams, gate_model
 from hasten.hosts.diffusers_ahead import Ahead, ahead_for
 from hasten.hosts.diffusers_attention import HungAttention
@@ -61,7 +61,8 @@ class Handle:
         self._sigma: Callable[[], float | None] = lambda: None
         self.about_to_call: Callable[[], None] = lambda: None
         self._call: Call | None = None
-        self._entering: Callable[[], Call] | None = None  # while a call is under way that no gate was met in yet
+        self._entering: Callable[[], Call] | None = None  # while a call is under way that has not entered the session
+        self._entries: dict[int, Tensor] = {}  # of blocks that such a call came by
         self._outside: Report | None = None  # while a call outside any run is the latest thing that happened
         self._removed = False
         self._slots: list[Slot] = []
@@ -110,7 +111,8 @@ class Handle:
     def run(self, sigmas: Sequence[float] | Tensor) -> Iterator[Handle]:
         """Calls of the transformer inside belong to one sampling run along `sigmas`, the final one included.
 
-        Position is read from the model's timestep argument, which costs a synchronisation when that lies on a GPU.
+        Position is read from the model's timestep argument; where that lies on a GPU it is waited for at the block
+        where the call's decision falls, or at the first one under a recipe's attention.
         Raises ValueError when the sigmas do not fall, or when the handle was removed.
         """
         if self._removed:
@@ -268,6 +270,7 @@ class Handle:
                 call = self._entering() if self._entering is not None else self._call
             finally:
                 self._call = self._entering = None
+                self._entries.clear()
                 if self._ahead is not None:
                     self._ahead.forget()
             if call is not None:  # else the run was ended in the middle of it
@@ -277,7 +280,7 @@ class Handle:
         return forward
 
     def _gates_enter(self) -> bool:
-        """Whether the first gate that is met may enter the session, when the embedders are launched already."""
+        """Whether a gate may enter the session, when what comes before it is launched already."""
         return self.plan.gated and self.insides is None and not self._compiled_whole()
 
     def _entrance(self, session: Session, given: Mapping[str, Any]) -> Callable[[], Call]:
@@ -297,6 +300,9 @@ class Handle:
                 rounded_in=timestep.dtype if known is None else torch.float32,
                 clock=clock,
             )
+            for block, image in self._entries.items():
+                call.take_entry(block, image)
+            self._entries.clear()
             if self.insides is not None:
                 self.insides.begin(call, given)
             if self.attention is not None:
@@ -338,11 +344,18 @@ class Handle:
         block, family = slot.module, self.family
         names = list(inspect.signature(_unwrapped(block).forward).parameters)
         runs_or_passes, passes = gate.block not in self.plan.acted_at, gate.block != self.plan.end
+        # Before the moment is known: a GPU has their work to do while the host enters the session.
+        early, entry = gate.block in self.plan.run_anyway, gate.block in self.plan.entries_from
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._call
             if call is None:
                 if self._entering is None:
+                    return slot.inner(*args, **kwargs)
+                if early and self.attention is None:  # whose settings go by the moment
+                    if entry:
+                        given = kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs}
+                        self._entries[gate.block] = copy_of(family.streams(block, given).image)
                     return slot.inner(*args, **kwargs)
                 call = self._entering()
             if runs_or_passes and not call.standing_in:
