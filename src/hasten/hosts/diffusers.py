@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hasten.call import Call, copy_of
+from hasten.call import Call
 from hasten.gate import Gate, Streams, gate_model
 from hasten.hosts.diffusers_ahead import Ahead, ahead_for
 from hasten.hosts.diffusers_attention import HungAttention
 from hasten.hosts.diffusers_beside import Beside, modules_beside
+from hasten.hosts.diffusers_entrance import Entrance
 from hasten.hosts.diffusers_families import family_of
 from hasten.hosts.diffusers_parts import Insides
 from hasten.hosts.diffusers_runs import Runs
@@ -33,9 +34,8 @@ from hasten.hosts.diffusers_stack import STACK, Stack, stack_for
 from hasten.lane import Watch
 from hasten.plan import fitted_to, make_plan
 from hasten.recipe import Recipe
-from hasten.report import Clock, Report
+from hasten.report import Report
 from hasten.session import Session
-from hasten.signal import on_its_way
 
 # Finished runs' reports that are kept, the latest: a pipeline that lives for months must not gather them all.
 REPORTS = 64
@@ -61,8 +61,7 @@ class Handle:
         self._sigma: Callable[[], float | None] = lambda: None
         self.about_to_call: Callable[[], None] = lambda: None
         self._call: Call | None = None
-        self._entering: Callable[[], Call] | None = None  # while a call is under way that has not entered the session
-        self._entries: dict[int, Tensor] = {}  # of blocks that such a call came by
+        self._entrance: Entrance | None = None  # of a call under way that has not entered the session
         self._outside: Report | None = None  # while a call outside any run is the latest thing that happened
         self._removed = False
         self._slots: list[Slot] = []
@@ -186,7 +185,7 @@ class Handle:
     def end(self) -> None:
         """Ends the run under way, if any, drops its tensors and keeps its report."""
         session, self._session, self._awaited = self._session, None, None
-        self._call = self._entering = None
+        self._call = self._entrance = None
         self.family.end()
         if self._ahead is not None:
             self._ahead.end()
@@ -257,20 +256,19 @@ class Handle:
             if session is None:
                 self._note_outside()
                 return slot.inner(*args, **kwargs)
-            self._entering = self._entrance(session, given)
-            if not self._gates_enter():
-                self._entering()
-            if self._ahead is not None:
-                self._ahead.begin(given)
             try:
+                self._entrance = Entrance(session, self.family, given, self._sigma())
+                if not self._gates_enter():
+                    self._entered()
+                if self._ahead is not None:
+                    self._ahead.begin(given)
                 if self._call is not None and session.plan.whole_model:
                     out = self._whole(self._call, given, lambda: slot.inner(*args, **kwargs))
                 else:
                     out = slot.inner(*args, **kwargs)
-                call = self._entering() if self._entering is not None else self._call
+                call = self._entered()
             finally:
-                self._call = self._entering = None
-                self._entries.clear()
+                self._call = self._entrance = None
                 if self._ahead is not None:
                     self._ahead.forget()
             if call is not None:  # else the run was ended in the middle of it
@@ -283,45 +281,29 @@ class Handle:
         """Whether a gate may enter the session, when what comes before it is launched already."""
         return self.plan.gated and self.insides is None and not self._compiled_whole()
 
-    def _entrance(self, session: Session, given: Mapping[str, Any]) -> Callable[[], Call]:
-        """What enters the session with this call of the model; its time is on its way from the device meanwhile."""
-        x, timestep, known = given["hidden_states"], given["timestep"], self._sigma()
-        clock = Clock()
-        one_device = clock.wait if timestep.device == x.device else None
-        time = on_its_way(timestep.flatten()[0], one_device) if known is None else float
-        clock.start(x.device)  # right behind the time, whose arrival it marks too
-
-        def enter() -> Call:
-            self._entering = None
-            self._call = call = session.enter(
-                [session.identity(self.family.condition(given))],
-                x,
-                sigma=self.family.sigma(time()) if known is None else known,
-                rounded_in=timestep.dtype if known is None else torch.float32,
-                clock=clock,
+    def _entered(self) -> Call | None:
+        """The call under way within its session, which it enters now if it has not; None where none is under way."""
+        entrance, self._entrance = self._entrance, None
+        if entrance is None:
+            return self._call
+        self._call = call = entrance.enter()
+        if self.insides is not None:
+            self.insides.begin(call, entrance.given)
+        if self.attention is not None:
+            text, moment = entrance.given.get("encoder_hidden_states"), call.ongoing.moment
+            self.attention.before_call(
+                interval=moment.interval,
+                intervals=moment.intervals,
+                text_rows=0 if text is None else text.shape[1],
+                places=entrance.given.get("img_ids"),
             )
-            for block, image in self._entries.items():
-                call.take_entry(block, image)
-            self._entries.clear()
-            if self.insides is not None:
-                self.insides.begin(call, given)
-            if self.attention is not None:
-                text, moment = given.get("encoder_hidden_states"), call.ongoing.moment
-                self.attention.before_call(
-                    interval=moment.interval,
-                    intervals=moment.intervals,
-                    text_rows=0 if text is None else text.shape[1],
-                    places=given.get("img_ids"),
-                )
-            if self._compiled_whole() and self.plan.gated:
-                call.excuse = "compiled as a whole"
-                session.report.note(
-                    "the transformer is compiled as a whole and its blocks cannot be reached: "
-                    "compile the blocks instead, with transformer.compile_repeated_blocks()"
-                )
-            return call
-
-        return enter
+        if self._compiled_whole() and self.plan.gated:
+            call.excuse = "compiled as a whole"
+            call.terms.report.note(
+                "the transformer is compiled as a whole and its blocks cannot be reached: "
+                "compile the blocks instead, with transformer.compile_repeated_blocks()"
+            )
+        return call
 
     def _whole(self, call: Call, given: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         """The model as one span: what it gives out for the noise."""
@@ -350,14 +332,14 @@ class Handle:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._call
             if call is None:
-                if self._entering is None:
-                    return slot.inner(*args, **kwargs)
-                if early and self.attention is None:  # whose settings go by the moment
+                if self._entrance is not None and early and self.attention is None:  # whose settings go by the moment
                     if entry:
                         given = kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs}
-                        self._entries[gate.block] = copy_of(family.streams(block, given).image)
+                        self._entrance.come_by(gate.block, family.streams(block, given).image)
                     return slot.inner(*args, **kwargs)
-                call = self._entering()
+                call = self._entered()
+            if call is None:
+                return slot.inner(*args, **kwargs)
             if runs_or_passes and not call.standing_in:
                 return slot.inner(*args, **kwargs)  # as the gate would have it: most blocks of a computed call
             given = kwargs if not args else {**dict(zip(names, args, strict=False)), **kwargs}
