@@ -76,6 +76,15 @@ def scores_and_sums_beyond_float16_stay_finite(device: str) -> None:
             assert error(attention8(*wide, fp8=fp8), exactly(*wide)) < near_enough(device, fp8)
 
 
+def rows_and_values_may_be_of_any_size_from_block_to_block(device: str) -> None:
+    q, k, v = qkv(device, 600, 128)
+    size = torch.tensor([1.0, 300.0, 0.002, 40.0, 7.0], device=device).repeat_interleave(BLOCK)[:600, None]
+    long = torch.where(torch.arange(600, device=device) % 3 == 0, 12.0, 1.0)[:, None]
+    for queries, values in ((q, v * size), (q * long, v), (q * long, v * size)):
+        given = queries.to(q.dtype), k, values.to(v.dtype)
+        assert error(attention8(*given), exactly(*given)) < near_enough(device, True)
+
+
 def strides_are_read_in_place(device: str) -> None:
     packed = noise(device, 1, 130, 3, 2, 64)
     q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -188,6 +197,24 @@ def the_order_of_the_rows_changes_blocks_alone(device: str) -> None:
     by_hand = attention8_sparse(*(t[:, :, moved] for t in (q, k, v)), keep=whole(device, 0.7), **given)
     # The constants that are taken off come from other rows: both round, and elsewhere.
     assert error(half, by_hand[:, :, back]) < 1.5 * near_enough(device, True)
+
+
+def a_mean_that_speaks_for_any_block_needs_no_likeness(device: str) -> None:
+    q, k, v = clustered(device, 640)
+    keep = whole(device, 0.4)
+    lists = [
+        choose(prepare(q, k, v, means=True, alike=alike is not None), keep=keep, alike=alike, topk=topk, text_rows=100)
+        for topk in (True, False)
+        for alike in (None, whole(device, -1.0))
+    ]
+    for without, given in (lists[:2], lists[2:]):
+        assert torch.equal(without.count, given.count)
+        assert all(
+            torch.equal(a[:n], b[:n])
+            for a, b, n in zip(
+                without.listed.flatten(0, 1), given.listed.flatten(0, 1), without.count.flatten().tolist(), strict=True
+            )
+        )
 
 
 def text_is_always_on_and_blocks_unlike_themselves_too(device: str) -> None:

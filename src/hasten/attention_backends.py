@@ -255,9 +255,10 @@ def sparse_fused(
         from hasten.kernels.attention8 import attend_sparse, on_device
 
         q = streams.q
-        tuned, alike, skip_below = heads or (*_shares(q, keep), None)
+        tuned, alike, skip_below = heads or (_shares(q, keep), None, None)
         with on_device(q):
-            eight = streams.eight(fp8=True, means=True, order=compact(streams.rows, text_rows, grid, q.device))
+            order = compact(streams.rows, text_rows, grid, q.device)
+            eight = streams.eight(fp8=True, means=True, alike=alike is not None, order=order)
             return attend_sparse(
                 eight, streams.v, dtype, keep=tuned, alike=alike, skip_below=skip_below, topk=heads is None,
                 text_rows=text_rows,
@@ -266,9 +267,9 @@ def sparse_fused(
     return fused
 
 
-def _shares(q: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """keep and alike for every head, filled on the device: a number copied from the host would have it wait."""
-    return torch.full((q.shape[1],), keep, device=q.device), torch.full((q.shape[1],), -1.0, device=q.device)
+def _shares(q: Tensor, keep: float) -> Tensor:
+    """keep for every head, filled on the device: a number copied from the host would have it wait."""
+    return torch.full((q.shape[1],), keep, device=q.device)
 
 
 def sparse(
@@ -291,8 +292,8 @@ def sparse(
                 q, k, v, keep=tuned, alike=alike, skip_below=skip_below, topk=False, text_rows=text_rows, fp8=fp8,
                 order=order,
             )  # fmt: skip
-        keeps, alike = _shares(q, keep)
-        return attention8_sparse(q, k, v, keep=keeps, alike=alike, text_rows=text_rows, fp8=fp8, order=order)
+        keeps = _shares(q, keep)
+        return attention8_sparse(q, k, v, keep=keeps, alike=None, text_rows=text_rows, fp8=fp8, order=order)
 
     return attend
 

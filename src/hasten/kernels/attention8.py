@@ -32,10 +32,10 @@ def attention8(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, f
 
 
 def attention8_sparse(
-    q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, keep: Tensor, alike: Tensor | None, skip_below: Tensor | None = None,
     topk: bool = True, text_rows: int = 0, scale: float | None = None, fp8: bool = True, order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The same over the blocks of keys that `chosen.choose` takes; keep, alike and skip_below (H,) float32.
+    """The same over the blocks of keys that `chosen.choose` takes; keep, alike and skip_below (H,) float32 or None.
 
     order (N,) int32: blocks are of rows in this order, such as curve.token_order's; the result keeps the rows' own.
     """
@@ -55,12 +55,12 @@ def _attention8(q: Tensor, k: Tensor, v: Tensor, scale: float, fp8: bool) -> Ten
 
 @torch.library.custom_op("hasten::attention8_sparse", mutates_args=())
 def _attention8_sparse(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, alike: Tensor, skip_below: Tensor | None, topk: bool,
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, alike: Tensor | None, skip_below: Tensor | None, topk: bool,
     text_rows: int, scale: float, fp8: bool, order: Tensor | None,
 ) -> Tensor:  # fmt: skip
     q, k, v = (_dense(t) for t in (q, k, v))
     with on_device(q):
-        eight = prepare(q, k, v, scale=scale, fp8=fp8, means=True, order=order)
+        eight = prepare(q, k, v, scale=scale, fp8=fp8, means=True, alike=alike is not None, order=order)
         return attend_sparse(
             eight, v, q.dtype, keep=keep, alike=alike, skip_below=skip_below, topk=topk, text_rows=text_rows
         )
@@ -83,10 +83,10 @@ def attend(eight: Eight, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attend_sparse(
-    eight: Eight, v: Tensor, dtype: torch.dtype, *, keep: Tensor, alike: Tensor, skip_below: Tensor | None = None,
-    topk: bool = True, text_rows: int = 0,
+    eight: Eight, v: Tensor, dtype: torch.dtype, *, keep: Tensor, alike: Tensor | None,
+    skip_below: Tensor | None = None, topk: bool = True, text_rows: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The same over the blocks of keys that `choose` takes; eight: prepared with means."""
+    """The same over the blocks of keys that `choose` takes; eight: prepared with means, and likeness if it is asked."""
     chosen = choose(eight, keep=keep, alike=alike, topk=topk, text_rows=text_rows)
     return attend_chosen(eight, v, dtype, chosen=chosen, skip_below=skip_below)
 
@@ -168,8 +168,8 @@ def attend_hopper(eight: Eight, dtype: torch.dtype, *, chosen: Chosen | None = N
         TensorDescriptor.from_tensor(eight.k.view(-1, dim), [keys, dim], flat),
         TensorDescriptor.from_tensor(eight.v.view(-1, eight.padded), [dim, keys], turned),
         *((q_scale, q_scale) if chosen is None else (chosen.listed, chosen.count)),
-        q_scale if order is None else order, q_scale, eight.k_scale, eight.v_scale, eight.v_mean,
-        out, cut_out, cut_lse, *at_out,
+        q_scale if order is None else order, q_scale, eight.k_scale, eight.v_scale, eight.q_length, eight.k_length,
+        eight.v_mean, out, cut_out, cut_lse, *at_out,
         eight.heads, eight.rows, eight.padded, row_blocks, items, whole, splits, key_blocks,
         D=dim, M=own, N=keys, TAIL=eight.rows % keys != 0, SPARSE=chosen is not None, ORDER=order is not None,
         num_warps=4, **options,
@@ -197,7 +197,7 @@ def _hopper_works(device: torch.device, dim: int, sparse: bool = False) -> bool:
     q, k, v = torch.randn(3, 1, 2, 4700, dim, device=device, dtype=torch.float16)
     eight = prepare(q, k, v, means=sparse)
     half = torch.full((2,), 0.5, device=device)
-    chosen = choose(eight, keep=half, alike=half * 0.0 - 1.0) if sparse else None
+    chosen = choose(eight, keep=half, alike=None) if sparse else None
     try:
         found = attend_hopper(eight, q.dtype, chosen=chosen).float()
     except Exception as error:  # Gluon is experimental and has no common class for its refusals

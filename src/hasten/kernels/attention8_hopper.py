@@ -21,15 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Scores are counted in eighths of a power of two; one of them is EIGHTH in the bits of a float, so that 2^x is read off
-# the straight line between powers of two. It lies above 2^x by up to 6.1 %, within e4m3's own rounding.
-EIGHTH = gl.constexpr(1 << 20)
-# The largest weight of a row is at most 448, e4m3's largest number: eighth 126 above 2^-7.
-TOP = gl.constexpr((126 << 20) + (120 << 23))
-# So far below the largest, in eighths, a weight is nothing in e4m3 and 2^-16 in the sum.
-DEEP = gl.constexpr(200)
-# No score of 128 channels is as large as this.
-NEVER = gl.constexpr(4194304.0)
+from hasten.kernels.softmax_hopper import FAR, LOW, below, inverse, log2, shrunk, weigh
+
 # The tensor cores keep only some 13 bits of a sum of e4m3 products: after so many blocks of keys it is added up in
 # float32 in shared memory.
 TOGETHER = gl.constexpr(32)
@@ -86,9 +79,10 @@ def _fetch(
         head = tile // row_blocks
         row = head * padded + (tile % row_blocks) * GROUPS * M
         for group in gl.static_range(GROUPS):
-            mbarrier.wait(q_empty.index(group), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(group), M * D)
-            tma.async_copy_global_to_shared(q_desc, [row + group * M, 0], q_full.index(group), q_mem.index(group))
+            place_q = (turn & 1) * GROUPS + group
+            mbarrier.wait(q_empty.index(place_q), ((turn >> 1) & 1) ^ 1)
+            mbarrier.expect(q_full.index(place_q), M * D)
+            tma.async_copy_global_to_shared(q_desc, [row + group * M, 0], q_full.index(place_q), q_mem.index(place_q))
         turn += 1  # noqa: SIM113 - a loop of the device
         block = _block(low, tile, listed, key_blocks, SPARSE)
         for place in range(low, high):
@@ -108,61 +102,6 @@ def _fetch(
 
 
 @gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _inverse(x):
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _below(x):
-    """The largest whole number that is not above x."""
-    return gl.inline_asm_elementwise(
-        "cvt.rmi.s32.f32 $0, $1;", "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def _by_lane(weight, M: gl.constexpr, N: gl.constexpr):
-    """Each row's sum, but for the four lanes that share it: no lane waits for another before the row is done."""
-    return gl.sum(gl.sum(gl.reshape(weight, [M, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _weigh(score, q_step, q_inverse, k_step, biggest, spare, M: gl.constexpr, N: gl.constexpr, TAIL: gl.constexpr):
-    """One block's softmax from its scores (M, N) int32: P in e4m3, in the order of V's keys, and the running state.
-
-    biggest: the row's largest score so far, in whole eighths of a power of two, rounded up. An integer product and sum
-    makes a score the bits of its weight; sums beyond 32 bits wrap, and wrap back. spare: how many of the keys are only
-    padding (TAIL), whose score is 0. That is no more than the largest, as the keys' mean is taken off them; their
-    values are 0, so that the sum alone has to be without them.
-    """
-    step = q_step * k_step
-    now = gl.maximum(biggest, _below(gl.max(score, 1).to(gl.float32) * step) + 1)
-    least = (now - DEEP).to(gl.float32) * (q_inverse * _inverse(k_step))
-    nothing = least > NEVER
-    scale = gl.where(nothing, 0, _below(step * EIGHTH + 0.5))
-    base = gl.where(nothing, 0, TOP - now * EIGHTH)
-    floor = _below(least) + 1
-    bits = gl.maximum(score, floor[:, None]) * scale[:, None] + base[:, None]
-    weight = bits.to(gl.float32, bitcast=True)
-    part = _by_lane(weight, M, N)
-    if TAIL:
-        padding = (gl.maximum(floor, 0) * scale + base).to(gl.float32, bitcast=True) * (spare.to(gl.float32) * 0.25)
-        part = part - gl.convert_layout(padding, gl.SliceLayout(1, part.type.layout))[:, None]
-    p = weight.to(gl.float8e4nv)
-    p = gl.reshape(gl.permute(gl.reshape(p, [M, N // 16, 2, 4, 2]), [0, 1, 3, 2, 4]), [M, N])
-    return p, now, part, _exp2((biggest - now).to(gl.float32) * 0.125)
-
-
-@gluon.jit
 def _consume(
     group: gl.constexpr, given,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
@@ -170,8 +109,8 @@ def _consume(
 ):  # fmt: skip
     """One warp group: 64 rows of every item of this program."""
     (
-        listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse, q_mem, k_mem,
-        v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+        listed, listed_count, order, q_scale, k_scale, v_scale, q_length, k_length, v_mean, out, cut_out, cut_lse,
+        q_mem, k_mem, v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
         out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     ) = given  # fmt: skip
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
@@ -180,10 +119,8 @@ def _consume(
     out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
     count = 0
     turn = 0
-    rounds = 0
     no_score = gl.zeros([M, N], gl.int32, score_layout)
     no_out = gl.zeros([M, D], gl.float32, out_layout)
-    q = q_mem.index(group)
     p_own = p_mem.index(group)
     sum_own = sum_mem.index(group)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -195,17 +132,23 @@ def _consume(
         q_inverse = 1.0 / q_step
         k_steps = k_scale + batch_head * (padded // 128)
         v_steps = v_scale + batch_head * (padded // 128)
+        k_lengths = k_length + batch_head * (padded // 128)
+        q_far = gl.max(gl.load(q_length + batch_head.to(gl.int64) * padded + at, mask=at < padded, other=0.0), 0)
         block = _block(low, tile, listed, key_blocks, SPARSE)
         after = _block(gl.minimum(low + 1, high - 1), tile, listed, key_blocks, SPARSE)
         k_now = gl.load(k_steps + block)
         v_now = gl.load(v_steps + block)
         # Steps are asked for one block ahead.
         k_next = gl.load(k_steps + after)
+        far_next = gl.load(k_lengths + after)
         v_next = gl.load(v_steps + after)
         acc = no_out
         since = gl.full([M], 1.0, gl.float32, out_rows)
         sum_own.store(no_out.to(gl.bfloat16))
-        mbarrier.wait(q_full.index(group), turn & 1)
+        # Queries have two places, so that the next item's are fetched, and its keys, while this one's are at work.
+        place_q = (turn & 1) * GROUPS + group
+        q = q_mem.index(place_q)
+        mbarrier.wait(q_full.index(place_q), (turn >> 1) & 1)
         turn += 1  # noqa: SIM113 - a loop of the device
         slot = count % STAGES
         mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
@@ -214,42 +157,46 @@ def _consume(
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(slot))
         nothing = gl.full([M], -1000000, gl.int32, row_layout)
+        one = v_now * inverse(v_now)
         spare = gl.maximum((block + 1) * N - rows, 0)
-        p, biggest, total, _ = _weigh(score, q_step, q_inverse, k_now, nothing, spare, M, N, TAIL)
+        p, biggest, total, _ = weigh(score, q_step, q_inverse, k_now, one, 0, 1, nothing, spare, M, N, TAIL)
         p_own.store(p)
         for place in range(low + 1, high):
             block = after
             k_now = k_next
-            v_here = v_next
+            v_here = gl.maximum(v_now, v_next)
+            relative = v_next * inverse(v_here)
+            unit = below(log2(relative) * 8388608.0)
+            far = ((q_far * far_next > FAR) | (unit < LOW)).to(gl.int32)
             after = _block(gl.minimum(place + 1, high - 1), tile, listed, key_blocks, SPARSE)
             fence_async_shared()
             gl.thread_barrier()
             slot = count % STAGES
             following = (count + 1) % STAGES
             mbarrier.wait(k_full.index(following), ((count + 1) // STAGES) & 1)
-            mbarrier.wait(turns.index(group), (rounds & 1) ^ (1 if group == 0 else 0))
-            rounds += 1
             score = warpgroup_mma(
                 q, k_mem.index(following).permute((1, 0)), no_score, use_acc=False, is_async=True
             )  # fmt: skip
             mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
             acc = warpgroup_mma(p_own, v_mem.index(slot).permute((1, 0)), acc, is_async=True)
-            mbarrier.arrive(turns.index((group + 1) % GROUPS))
             k_next = gl.load(k_steps + after)
+            far_next = gl.load(k_lengths + after)
             v_next = gl.load(v_steps + after)
             score = warpgroup_mma_wait(1, deps=(score,))
             spare = gl.maximum((block + 1) * N - rows, 0)
-            p, biggest, part, shrink = _weigh(score, q_step, q_inverse, k_now, biggest, spare, M, N, TAIL)
+            p, biggest, part, shrink = weigh(
+                score, q_step, q_inverse, k_now, relative, unit, far, biggest, spare, M, N, TAIL
+            )  # fmt: skip
             total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + part
-            # The accumulator is kept in units of V's own step: one product a row instead of one an element.
-            shrink = gl.convert_layout(shrink * (v_now * _inverse(v_here)), out_rows)
+            # The accumulator is in units of the largest step of V so far, which seldom changes.
+            shrink = gl.convert_layout(shrink * gl.where(v_here > v_now, v_now * inverse(v_here), 1.0), out_rows)
             v_now = v_here
             acc = warpgroup_mma_wait(0, deps=(acc,))
             gl.thread_barrier()
             mbarrier.arrive(k_empty.index(following))
             mbarrier.arrive(v_empty.index(slot))
             p_own.store(p)
-            acc = acc * shrink[:, None]
+            acc = shrunk(acc, shrink, D)
             since = since * shrink
             if (place - low) % TOGETHER == 0:
                 before = sum_own.load(out_layout).to(gl.float32)
@@ -257,7 +204,7 @@ def _consume(
                 acc = no_out
                 since = gl.full([M], 1.0, gl.float32, out_rows)
             count += 1
-        mbarrier.arrive(q_empty.index(group))
+        mbarrier.arrive(q_empty.index(place_q))
         slot = count % STAGES
         fence_async_shared()
         gl.thread_barrier()
@@ -290,8 +237,8 @@ def _consume(
 # One compilation for every length.
 @gluon.jit(do_not_specialize=["heads", "rows", "row_blocks", "items", "whole", "splits", "key_blocks"])
 def attend(
-    q_desc, k_desc, v_desc, listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse,
-    out_batch, out_head, out_row,
+    q_desc, k_desc, v_desc, listed, listed_count, order, q_scale, k_scale, v_scale, q_length, k_length, v_mean, out,
+    cut_out, cut_lse, out_batch, out_head, out_row,
     heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
     REGISTERS: gl.constexpr, GROUPS: gl.constexpr, SPARSE: gl.constexpr, ORDER: gl.constexpr,
@@ -301,21 +248,19 @@ def attend(
     SPARSE: GROUPS M rows, 128 of them, share the blocks of keys in `listed` (B H, P / 128, P / 128), `listed_count` of
     them. ORDER: the row at place i goes to order[i].
     """
-    q_mem = gl.allocate_shared_memory(gl.int8, [GROUPS, M, D], q_desc.layout)
+    q_mem = gl.allocate_shared_memory(gl.int8, [2 * GROUPS, M, D], q_desc.layout)
     k_mem = gl.allocate_shared_memory(gl.int8, [STAGES, N, D], k_desc.layout)
     v_mem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, D, N], v_desc.layout)
     flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     p_mem = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, M, N], flat)
     sum_mem = gl.allocate_shared_memory(gl.bfloat16, [GROUPS, M, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(2 * GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -327,8 +272,8 @@ def attend(
     one: gl.constexpr = 1
     two: gl.constexpr = 2
     given = (
-        listed, listed_count, order, q_scale, k_scale, v_scale, v_mean, out, cut_out, cut_lse, q_mem, k_mem,
-        v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+        listed, listed_count, order, q_scale, k_scale, v_scale, q_length, k_length, v_mean, out, cut_out, cut_lse,
+        q_mem, k_mem, v_mem, p_mem, sum_mem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
         out_batch, out_head, out_row, heads, rows, padded, row_blocks, items, whole, splits, key_blocks,
     )  # fmt: skip
     fetched = (

@@ -25,21 +25,28 @@ class Chosen:
     count: Tensor
 
 
-def choose(eight: Eight, *, keep: Tensor, alike: Tensor, topk: bool = True, text_rows: int = 0) -> Chosen:
+def choose(eight: Eight, *, keep: Tensor, alike: Tensor | None, topk: bool = True, text_rows: int = 0) -> Chosen:
     """The blocks of keys that each block of queries attends to, found on the device without asking the host.
 
     keep, alike: (H,) float32, the share of blocks (topk) or of the softmax's weight to keep, and how alike a block's
-    rows must be for its mean to speak for it. The blocks that hold the first `text_rows` rows are always on.
+    rows must be for its mean to speak for it; None lets every mean speak. The blocks that hold the first `text_rows`
+    rows are always on.
     """
     assert eight.means is not None
-    both, blocks = eight.means.q_alike.shape
+    both, blocks, _ = eight.means.q.shape
     listed = torch.empty((both, blocks, blocks), dtype=torch.int32, device=keep.device)
     count = torch.empty((both, blocks), dtype=torch.int32, device=keep.device)
-    means = eight.means
+    means, width = eight.means, max(32, 1 << (blocks - 1).bit_length())
+    scores = torch.bmm(means.q, means.k.transpose(1, 2))
+    likeness = (keep, keep, keep)
+    if alike is not None:
+        assert means.q_alike is not None and means.k_alike is not None
+        likeness = means.q_alike, means.k_alike, alike
+    # One warp has no other to wait for, in some forty sums one after the other.
     _kernels().choose[(blocks, both)](
-        means.q, means.q_alike, means.k, means.k_alike, alike, keep, listed, count, eight.heads, blocks,
-        (text_rows + BLOCK - 1) // BLOCK, eight.scale * math.log2(math.e),
-        D=eight.q.shape[2], B=max(16, 1 << (blocks - 1).bit_length()), TOPK=topk, num_warps=4,
+        scores, *likeness, keep, listed, count, eight.heads, blocks, (text_rows + BLOCK - 1) // BLOCK,
+        eight.scale * math.log2(math.e), B=width, TOPK=topk, ALIKE=alike is not None,
+        num_warps=1 if width <= 512 else 4,
     )  # fmt: skip
     return Chosen(listed, count)
 

@@ -11,15 +11,15 @@ import triton.language as tl
 
 @triton.jit
 def choose(
-    q_mean, q_alike, k_mean, k_alike, alike, keep, listed, count, heads, blocks, always, scale,
-    D: tl.constexpr, B: tl.constexpr, TOPK: tl.constexpr,
+    scores, q_alike, k_alike, alike, keep, listed, count, heads, blocks, always, scale,
+    B: tl.constexpr, TOPK: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
     """One row of `listed`: the blocks of keys of one block of queries, in order, and how many they are.
 
-    The mean query's softmax over the mean keys says what a block weighs. TOPK: the heaviest, a share `keep` of all;
-    otherwise the heaviest that weigh `keep` together at most, one at least. A block whose rows are less alike than
-    `alike` is not spoken for by its mean: as keys it is always taken, as queries it takes all. So do the first
-    `always` blocks, the text. No host is asked; alike and keep are (H,).
+    The mean query's softmax over the mean keys, of which `scores` are the products, says what a block weighs. TOPK: the
+    heaviest, a share `keep` of all; otherwise the heaviest that weigh `keep` together at most, one at least. A block
+    whose rows are less alike than `alike` is not spoken for by its mean (ALIKE): as keys it is always taken, as queries
+    it takes all. So do the first `always` blocks, the text. No host is asked; alike and keep are (H,).
     """
     block = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
@@ -27,15 +27,11 @@ def choose(
     at = tl.arange(0, B)
     inside = at < blocks
     mine = batch_head * blocks + block
-    score = tl.zeros((B,), tl.float32)
-    for first in tl.static_range(0, D, 32):
-        cols = first + tl.arange(0, 32)
-        query = tl.load(q_mean + mine * D + cols)
-        key = tl.load(k_mean + (batch_head * blocks + at)[:, None] * D + cols[None, :], mask=inside[:, None], other=0.0)
-        score += tl.sum(key * query[None, :], 1)
-    score *= scale
-    least = tl.load(alike + head)
-    spoken = inside & (tl.load(k_alike + batch_head * blocks + at, mask=inside, other=0.0) > least)
+    score = tl.load(scores + mine * blocks + at, mask=inside, other=0.0) * scale
+    spoken = inside
+    if ALIKE:
+        least = tl.load(alike + head)
+        spoken &= tl.load(k_alike + batch_head * blocks + at, mask=inside, other=0.0) > least
     score = tl.where(spoken, score, float("-inf"))
     top = tl.max(score, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -60,7 +56,8 @@ def choose(
             low = tl.where(fits, low, middle)
     taken = (spoken & (score >= high)) | (score == top) | (inside & (spoken == 0)) | (at < always)
     everything = block < always
-    everything |= tl.load(q_alike + mine) <= least
+    if ALIKE:
+        everything |= tl.load(q_alike + mine) <= least
     taken = tl.where(everything, inside, taken & inside)
     number = taken.to(tl.int32)
     place = tl.cumsum(number, 0) - number

@@ -12,10 +12,11 @@ import triton.language as tl
 # Keys that share one scale; every 8-bit tensor is padded to a multiple of it.
 BLOCK = tl.constexpr(128)
 # Keys' mean is that of SOME from all over the sequence: what is left of an outlying channel's constant is a fraction of
-# its noise. Values' is that of PARTS times 128: what is left of it adds up over all keys, in tensor cores that keep
-# some 13 bits of a sum.
+# its noise. Values' is that of MORE: what is left of it adds up over all keys, in tensor cores that keep some 13 bits
+# of a sum. A program takes only QUARTER of the channels, so that it can ask for all of its rows at once.
 SOME = tl.constexpr(32)
-PARTS = tl.constexpr(8)
+MORE = tl.constexpr(1024)
+QUARTER = tl.constexpr(4)
 
 
 @triton.jit
@@ -77,13 +78,23 @@ def _rounded(x):
 
 
 @triton.jit
-def _means(value, inside, mean, alike, at, cols, D: tl.constexpr):
-    """A block's mean row, and the mean cosine between any two of its rows: the squared length of its mean unit row."""
+def _larger(a, b, c, d):
+    """The larger of a and c, and of b and d: two searches in one."""
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _means(value, squares, inside, mean, alike, at, cols, D: tl.constexpr, ALIKE: tl.constexpr):
+    """A block's mean row, and (ALIKE) the mean cosine between any two of its rows, its mean unit row's squared length.
+
+    squares (R,): the rows' lengths, squared.
+    """
     count = tl.sum(inside.to(tl.float32), 0)
     tl.store(mean + at * D + cols, tl.sum(value, 0) / count)
-    unit = value * tl.rsqrt(tl.maximum(tl.sum(value * value, 1), 1e-24))[:, None]
-    unit = tl.sum(unit, 0) / count
-    tl.store(alike + at, tl.sum(unit * unit, 0))
+    if ALIKE:
+        unit = value * tl.rsqrt(tl.maximum(squares, 1e-24))[:, None]
+        unit = tl.sum(unit, 0) / count
+        tl.store(alike + at, tl.sum(unit * unit, 0))
 
 
 @triton.jit
@@ -92,7 +103,7 @@ def first(
     tk_head, tk_row, v_batch, v_head, v_row, tv_batch, tv_head, tv_row, cos_stride, cos_pair, heads, both, constants,
     rows, padded, text_rows, eps, D: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, TEXT: tl.constexpr,
 ):  # fmt: skip
-    """What `prepare` needs of the whole: the constants, one for each of the first `constants` programs, and the turns.
+    """What `prepare` needs of the whole: the constants, by the first `constants` programs, and the turns.
 
     A constant is taken off every key of a head and (from program `both` on) off every value, a mean of rows from all
     over it. Softmax does not see one on the keys; one on the values is what comes out besides.
@@ -113,15 +124,13 @@ def first(
             value = _turned(value, c, s, D, SOME)
         tl.store(mean + program * D + cols, tl.sum(value * factor[:, None], 0) / SOME)
     elif program < constants:
-        total = tl.zeros((BLOCK, D), tl.float32)
-        for part in tl.static_range(PARTS):
-            there = ((tl.arange(0, BLOCK).to(tl.int64) * PARTS + part) * rows // (BLOCK * PARTS)).to(tl.int32)
-            found, _ = _rows(
-                v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, k_weight, k_weight, 0,
-                there, there < rows, cols, v_row, tv_row, text_rows, eps, D, BLOCK, False, TEXT,
-            )  # fmt: skip
-            total += found
-        tl.store(v_mean + (program - both) * D + cols, tl.sum(total, 0) / (BLOCK * PARTS))
+        there = (tl.arange(0, MORE).to(tl.int64) * rows // MORE).to(tl.int32)
+        some = (program // both - 1) * (D // QUARTER) + tl.arange(0, D // QUARTER)
+        found, _ = _rows(
+            v + batch * v_batch + head * v_head, text_v + batch * tv_batch + head * tv_head, k_weight, k_weight, 0,
+            there, there < rows, some, v_row, tv_row, text_rows, eps, D // QUARTER, MORE, False, TEXT,
+        )  # fmt: skip
+        tl.store(v_mean + program % both * D + some, tl.sum(found, 0) / MORE)
     elif ROPE:
         row = (program - constants) * BLOCK + tl.arange(0, BLOCK)
         c_row, s_row = _cos_sin(cos, sin, row, row < rows, cos_stride, cos_pair, D)
@@ -133,7 +142,7 @@ def first(
 @triton.jit
 def prepare(
     q, k, v, text_q, text_k, text_v, q_weight, k_weight, text_q_weight, text_k_weight, turns,
-    order, mean, v_mean, q8, q_scale, k8, k_scale, v8, v_scale, q_mean, q_alike, k_mean, k_alike,
+    order, mean, v_mean, q8, q_scale, k8, k_scale, v8, v_scale, q_length, k_length, q_mean, q_alike, k_mean, k_alike,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row, tv_batch, tv_head, tv_row,
     heads, rows, padded, text_rows, scale, eps,
@@ -144,6 +153,7 @@ def prepare(
 
     Heads lie side by side in memory, so they come first: blocks that run at once read whole rows.
     Rows of q take their norm's factor as they become whole numbers, so rotation does not wait for the norm.
+    SPARSE: 1 for blocks' mean rows, 2 for how alike their rows are as well.
     ORDER: place i holds the row order[i] (rows,) int32.
     """
     head = tl.program_id(0).to(tl.int64)
@@ -167,11 +177,15 @@ def prepare(
         if ROPE:
             c, s = _turns(turns, source, padded, D)
             value = _turned(value, c, s, D, BLOCK)
-        if SPARSE:
-            _means(value * factor[:, None], inside, q_mean, q_alike, batch_head * (padded // BLOCK) + block, cols, D)
+        squares = tl.sum(value * value, 1) * factor * factor
+        if SPARSE > 0:
+            place = batch_head * (padded // BLOCK) + block
+            _means(value * factor[:, None], squares, inside, q_mean, q_alike, place, cols, D, SPARSE == 2)
         q_step = tl.maximum(tl.max(tl.abs(value), 1) * factor, 1e-12) / 127.0
         tl.store(q8 + out, _rounded(value * (factor / q_step)[:, None]))
         tl.store(q_scale + batch_head * padded + at, q_step * scale)
+        if FP8:
+            tl.store(q_length + batch_head * padded + at, tl.sqrt(squares) * scale)
     elif which == 1:
         value, factor = _rows(
             k + batch * k_batch + head * k_head, text_k + batch * tk_batch + head * tk_head, k_weight, text_k_weight,
@@ -182,9 +196,17 @@ def prepare(
             value = _turned(value, c, s, D, BLOCK)
         centre = tl.load(mean + batch_head * D + cols)
         value = value * factor[:, None] - centre[None, :] * inside.to(tl.float32)[:, None]
-        if SPARSE:
-            _means(value, inside, k_mean, k_alike, batch_head * (padded // BLOCK) + block, cols, D)
-        k_step = tl.maximum(tl.max(tl.abs(value)), 1e-12) / 127.0
+        squares = tl.sum(value * value, 1)
+        if SPARSE > 0:
+            place = batch_head * (padded // BLOCK) + block
+            _means(value, squares, inside, k_mean, k_alike, place, cols, D, SPARSE == 2)
+        k_most = tl.max(tl.abs(value), 1)
+        if FP8:
+            k_most, longest = tl.reduce((k_most, squares), 0, _larger)
+            tl.store(k_length + batch_head * (padded // BLOCK) + block, tl.sqrt(longest))
+        else:
+            k_most = tl.max(k_most, 0)
+        k_step = tl.maximum(k_most, 1e-12) / 127.0
         tl.store(k8 + out, _rounded(value * (1.0 / k_step)))
         tl.store(k_scale + batch_head * (padded // BLOCK) + block, k_step)
     elif FP8:

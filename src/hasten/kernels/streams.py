@@ -56,11 +56,12 @@ class Streams:
             q, k = _rotated(q, self.rope), _rotated(k, self.rope)
         return q, k, self.values()
 
-    def eight(self, *, fp8: bool, means: bool = False, order: Tensor | None = None) -> Eight:
+    def eight(self, *, fp8: bool, means: bool = False, alike: bool = True, order: Tensor | None = None) -> Eight:
         """The same in 8 bits, in one pass."""
         return prepare(
-            self.q, self.k, self.v, text=self.text, norm=self.norm, rope=self.rope, fp8=fp8, means=means, order=order
-        )
+            self.q, self.k, self.v, text=self.text, norm=self.norm, rope=self.rope, fp8=fp8, means=means, alike=alike,
+            order=order,
+        )  # fmt: skip
 
 
 # To (B, N, H, D) of the given dtype.
