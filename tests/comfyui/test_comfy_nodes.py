@@ -93,6 +93,16 @@ def test_bad_input_is_one_line_on_the_node_and_the_model_unchanged(
     assert "unknown key 'cach'" in said.pop()
 
 
+@pytest.mark.parametrize("name", ["junk.safetensors", "junk.pth"])
+def test_a_damaged_file_is_named(nodes: dict[str, Any], rig: Any, name: str, tmp_path: Path) -> None:
+    from hasten.hosts.comfy_sana_nodes import _folders
+
+    _folders().add_model_folder_path("diffusion_models", str(tmp_path))
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=rf"^{name} cannot be read \(.*\): download it again\.$"):
+        nodes["LoadDiffusionModel8Bit"].execute(name)
+
+
 def test_original_nodes_run_and_report(nodes: dict[str, Any], rig: Any, model: Any) -> None:
     for name, more in (
         ("ApplyTeaCacheAndSkipBlocks", {"rel_l1_threshold": 0.6}),

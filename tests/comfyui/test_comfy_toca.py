@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from hasten.hosts import comfy
+from hasten import attention
+from hasten.attention_backends import BACKENDS, SPARSE, Backend
+from hasten.hosts import comfy, comfy_sparge
 from hasten.hosts.comfy_fitting import anatomy_of
 from hasten.hosts.comfy_parts import mlp_half
 from hasten.plan import make_plan
@@ -223,6 +225,27 @@ def test_a_block_that_another_pack_replaces_is_computed_in_full(rig: Any, model:
     assert torch.equal(out, stock)
     assert report.strip == "C" * 8
     assert any("another patch is in a block's place" in note for note in report.notes)
+
+
+def test_sparse_attention_leaves_steps_in_part_as_they_are(
+    rig: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not rig.overrides_attention():
+        pytest.skip("this ComfyUI takes no other attention")
+
+    def attend(keep: float, text_rows: int, **others: Any) -> Any:
+        return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v) * keep
+
+    monkeypatch.setitem(BACKENDS, "sparse", Backend("sparse", "the test's", SPARSE, lambda ask: None, attend(0.5, 0)))
+    monkeypatch.setattr(attention, "sparse", attend)
+    names = comfy_sparge.block_names(model.model.diffusion_model)
+    wanted = recipe(tokens=MANY)
+    _, alone = run(rig, model, wanted)
+    before, report = run(rig, comfy_sparge.put_sparge(model, names), wanted)
+    assert report.strip == alone.strip and "P" in report.strip and report.notes == alone.notes
+    after = comfy_sparge.put_sparge(comfy.put_recipe(model, wanted), names)
+    assert torch.equal(rig.sample(after), before) and comfy.reports_of(after)[-1].strip == alone.strip
+    assert not torch.equal(before, run(rig, model, wanted)[0])
 
 
 def test_bad_input_is_one_line_and_the_model_unchanged(toca: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

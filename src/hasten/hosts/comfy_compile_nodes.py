@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from typing import Any
 
 from comfy_api.latest import io
+from safetensors import SafetensorError
 
 from hasten.hosts import comfy_compile, comfy_quantize, comfy_sana_nodes
 from hasten.hosts.comfy_node import Lightning, model_input
@@ -125,7 +127,13 @@ class LoadDiffusionModel8Bit(Lightning):
         import comfy.sd
 
         folder_paths = comfy_sana_nodes._folders()
-        model = comfy.sd.load_diffusion_model(folder_paths.get_full_path_or_raise("diffusion_models", unet_name))
+        path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+        try:
+            model = comfy.sd.load_diffusion_model(path)
+        except (SafetensorError, UnpicklingError) as error:  # neither names the file
+            pickled = isinstance(error, UnpicklingError)
+            reason = "no PyTorch file of weights alone" if pickled else str(error).splitlines()[0]
+            raise ValueError(f"{unet_name} cannot be read ({reason}): download it again.") from None
         try:
             said = comfy_quantize.quantise_for_good(model, format)
         except ValueError as reason:

@@ -77,7 +77,8 @@ class Run:
             for block in range(self.blocks):
                 single = block >= self.doubles
                 name = ("single_block", block - self.doubles) if single else ("double_block", block)
-                self.foreign = self.foreign or dit.get(name) is not None
+                # A patch that only names the block (comfy_sparge.py) is no other block in its place.
+                self.foreign = self.foreign or getattr(dit.get(name), "hasten_before", dit.get(name)) is not None
                 hang = hung_on_single if single else hung_on_double
                 dit[name] = self.gates[name] = hang(self, Gate(block), dit.get(name))
         return own
