@@ -79,6 +79,11 @@ def main() -> None:
             print(f"{name}  {ms:.2f}", flush=True)
             write(rows, args.out)
         free()
+    if args.graphs:
+        rows.append({c: "" for c in COLUMNS} | new_graphs(args.device, tiny=args.tiny))
+        print(f"{rows[-1]['stack']}  {rows[-1]['graphs']}", flush=True)
+        write(rows, args.out)
+        free()
     for name, stack in STACKS.items():
         if args.only and name not in args.only.split(","):
             continue
@@ -95,10 +100,6 @@ def main() -> None:
             if os.environ.get("TRACE"):
                 raise
         free()
-    if args.graphs:
-        rows.append({c: "" for c in COLUMNS} | new_graphs(args.device, tiny=args.tiny))
-        print(f"{rows[-1]['stack']}  {rows[-1]['graphs']}", flush=True)
-        write(rows, args.out)
 
 
 def size_name(size: tuple[int, ...]) -> str:
@@ -231,7 +232,7 @@ def profile(call: Callable[[], Any]) -> None:
     """Where the time of a few calls in a row goes: kernels, what lies between them, and the clock that they ran at."""
     from torch.profiler import ProfilerActivity
 
-    calls = 6
+    calls = 4
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(calls):
             call()
@@ -253,7 +254,7 @@ def clocks(call: Callable[[], Any]) -> str:
     except OSError:
         return "no nvidia-smi"
     begun = time.perf_counter()
-    while time.perf_counter() - begun < 1.2:
+    while time.perf_counter() - begun < 0.9:
         call()
         torch.cuda.synchronize()
     watch.terminate()
