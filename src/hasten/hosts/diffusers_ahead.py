@@ -1,9 +1,9 @@
 """diffusers_ahead.py is what of a FLUX's call need not wait, or need not be done again.
 
 The rotation's cosines and sines are made of positions alone, some forty-five launches for tables that are the same at
-every step: they are kept while the very same position tensors come. The last layer is launched for the stand-in while
-the host still waits for the decision; it counts only if that very tensor arrives there. Both are what the modules
-themselves give, so nothing changes but time.
+every step: they are kept while the very same position tensors come. So are the guidance's sines, ten launches. The last
+layer is launched for the stand-in while the host still waits for the decision; it counts only if that very tensor
+arrives there. All of it is what the modules themselves give, so nothing changes but time.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ from torch import Tensor, nn
 
 from hasten.hosts.diffusers_slot import Slot
 
+# diffusers' module that makes the vector of time, guidance and prompt, the sines of the first two one after the other.
+GUIDED = "CombinedTimestepGuidanceTextProjEmbeddings"
+
 # With two prompts pipelines hand over two sets of positions, in turns.
 KEPT = 2
 
 
-class Positions(NamedTuple):
-    """Text's and image's position tensors as they were: which tensors, and how often they had been written."""
+class Inputs(NamedTuple):
+    """Some tensors as they were: which ones, and how often they had been written."""
 
     tensors: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Positions | None:
-        """None where they are missing, or where writes into them are not counted."""
-        tensors = [t for t in (given.get("txt_ids"), given.get("img_ids")) if isinstance(t, Tensor)]
-        if len(tensors) < 2 or any(tensor.is_inference() for tensor in tensors):
+    def of(cls, *given: Any) -> Inputs | None:
+        """None where one is missing, or where writes into it are not counted."""
+        if not all(isinstance(tensor, Tensor) and not tensor.is_inference() for tensor in given):
             return None
-        return cls(tuple(weakref.ref(t) for t in tensors), tuple(t._version for t in tensors))
+        return cls(tuple(weakref.ref(tensor) for tensor in given), tuple(tensor._version for tensor in given))
 
-    def serve(self, now: Positions) -> bool:
+    def serve(self, now: Inputs) -> bool:
         """Whether these are the very tensors of `now`, unchanged."""
         return self.versions == now.versions and all(
             own() is not None and own() is other() for own, other in zip(self.tensors, now.tensors, strict=True)
@@ -58,21 +60,29 @@ class Made(NamedTuple):
 
 
 class Ahead:
-    """One FLUX transformer's rotation and last layer while a recipe is applied."""
+    """One FLUX transformer's rotation, guidance and last layer while a recipe is applied."""
 
     def __init__(self, transformer: Any) -> None:
         self._rotation = Slot(transformer.pos_embed)
         self._norm, self._project = Slot(transformer.norm_out), Slot(transformer.proj_out)
         self.slots = [self._rotation, self._norm, self._project]
-        self._kept: list[tuple[Positions, Any]] = []
+        self._kept: list[tuple[Inputs, Any]] = []
+        self._vector = transformer.time_text_embed
+        self._waves: Slot | None = None
+        self._guided: tuple[Inputs, tuple[Any, ...], Tensor, int] | None = None
         self._now = threading.local()  # calls may come side by side
         self._rotation.take(self._rotated)
         self._norm.take(self._normed)
         self._project.take(self._projected)
+        if type(self._vector).__name__ == GUIDED:
+            self._waves = Slot(self._vector.time_proj)
+            self.slots.append(self._waves)
+            self._waves.take(self._waved)
 
     def begin(self, given: Mapping[str, Any]) -> None:
         """A call begins. given: its arguments by name."""
-        self._now.positions = Positions.of(given)
+        self._now.positions = Inputs.of(given.get("txt_ids"), given.get("img_ids"))
+        self._now.guidance, self._now.waves = Inputs.of(given.get("guidance")), 0
 
     def last_layer(self, image: Tensor, *, vector: Tensor) -> None:
         """Launches it for a stand-in, (B, N, C); vector: the call's time and prompt, (B, C)."""
@@ -83,11 +93,12 @@ class Ahead:
 
     def forget(self) -> None:
         """The call is over."""
-        self._now.positions = self._now.made = None
+        self._now.positions = self._now.guidance = self._now.made = None
 
     def end(self) -> None:
         """The run is over."""
         self._kept.clear()
+        self._guided = None
         self.forget()
 
     def _rotated(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +111,25 @@ class Ahead:
         found = self._rotation.inner(*args, **kwargs)
         self._kept = [*self._kept[1 - KEPT :], (positions, found)]
         return found
+
+    def _waved(self, *args: Any, **kwargs: Any) -> Any:
+        """The time's sines, and then the guidance's, which are the same at every step."""
+        assert self._waves is not None
+        guidance = None if torch.compiler.is_compiling() else getattr(self._now, "guidance", None)
+        if guidance is None:
+            return self._waves.inner(*args, **kwargs)
+        self._now.waves += 1
+        # Within a recording or a graph of the whole vector, what is kept here would be taken for its own.
+        if self._now.waves != 2 or kwargs or len(args) != 1 or self._vector._compiled_call_impl is not None:
+            return self._waves.inner(*args, **kwargs)
+        kind = args[0].dtype, args[0].device, args[0].shape
+        if self._guided is not None and not _heard(self._waves.module):
+            kept, like, found, version = self._guided
+            if kept.serve(guidance) and like == kind and found._version == version:
+                return found
+        made: Tensor = self._waves.inner(*args)
+        self._guided = None if made.is_inference() else (guidance, kind, made, made._version)
+        return made
 
     def _normed(self, *args: Any, **kwargs: Any) -> Any:
         made = getattr(self._now, "made", None)
