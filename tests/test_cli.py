@@ -246,6 +246,21 @@ def test_calibrate_writes_a_recipe_that_can_be_drawn_with(model: str) -> None:
     assert drawn.exit_code == 0, drawn.output
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "found.png"], "does not end in .safetensors: give a name such as found.safetensors"),
+        (["--out", "found.safetensors", "--l1", "0.1", "--pv-l1", "0.1"], "pv_l1 must be above l1"),
+        (["--out", "found.safetensors", "--l1", "much"], "--l1 is 'much': give a number such as 0.06."),
+        (["--out", "file/found.safetensors"], "is a file; choose another folder"),
+    ],
+)
+def test_tune_attention_refuses_before_anything_is_loaded(options: list[str], words: str) -> None:
+    Path("file").write_text("")
+    assert words in one_sentence(hasten_command("tune-attention", *options))
+    assert [path.name for path in Path().iterdir()] == ["file"]
+
+
 def test_calibrate_prints_its_recipe_where_no_file_is_named(model: str) -> None:
     result = hasten_command(*CALIBRATE, "--model", model)
     assert result.exit_code == 0, result.output

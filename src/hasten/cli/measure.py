@@ -103,6 +103,7 @@ def tune_attention(
     from hasten.demo import PROMPTS
     from hasten.loading import Model
     from hasten.machine import sharing
+    from hasten.output import check_writable
     from hasten.sparse import check_limits
     from hasten.tune_attention import tune_attention as tune
 
@@ -113,6 +114,7 @@ def tune_attention(
 
     def check() -> None:
         check_limits(l1, pv_l1)
+        check_writable(out, suffix=".safetensors")
         for make in makers:
             make(None)
 
