@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import compile_for_hopper
 
 from hasten.kernels import gated_conv, linear_attention, modulation, residual_sums, rows
 
@@ -22,14 +23,6 @@ if os.environ.get("TRITON_INTERPRET"):
 
 FP8 = torch.float8_e4m3fn
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    FP8: "*fp8e4nv",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-}
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -40,30 +33,6 @@ def launches(work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[L
     monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: found.append((kernel, args, options)))
     work()
     return found
-
-
-def compile_for_hopper(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The kernel compiled as its launcher would on a GPU of compute capability 9.0."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name], whole = TYPES[value.dtype], True
-        elif isinstance(value, float):
-            signature[name], whole = "fp32", False
-        elif value == 1:
-            signature[name], constants[name], whole = "constexpr", 1, False
-        else:
-            signature[name], whole = "i32", value % 16 == 0
-        if whole:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    how = {name: value for name, value in options.items() if name not in kernel.arg_names}
-    for name in kernel.arg_names[len(args) :]:
-        signature[name], constants[name] = "constexpr", options[name]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
 
 
 def noise(*shape: int) -> torch.Tensor:

@@ -23,6 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hasten.kernels.softmax_hopper import FAR, LOW, below, inverse, log2, shrunk, weigh
 
+# Two names that Triton changed after 3.6.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
 # The tensor cores keep only some 13 bits of a sum of e4m3 products: after so many blocks of keys it is added up in
 # float32 in shared memory.
 TOGETHER = gl.constexpr(32)
@@ -82,7 +86,7 @@ def _fetch(
             place_q = (turn & 1) * GROUPS + group
             mbarrier.wait(q_empty.index(place_q), ((turn >> 1) & 1) ^ 1)
             mbarrier.expect(q_full.index(place_q), M * D)
-            tma.async_copy_global_to_shared(q_desc, [row + group * M, 0], q_full.index(place_q), q_mem.index(place_q))
+            fetch(q_desc, [row + group * M, 0], q_full.index(place_q), q_mem.index(place_q))
         turn += 1  # noqa: SIM113 - a loop of the device
         block = _block(low, tile, listed, key_blocks, SPARSE)
         for place in range(low, high):
@@ -91,12 +95,12 @@ def _fetch(
             phase = ((count // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_full.index(slot), N * D)
-            tma.async_copy_global_to_shared(
+            fetch(
                 k_desc, [head * padded + block * N, 0], k_full.index(slot), k_mem.index(slot)
             )
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), N * D)
-            tma.async_copy_global_to_shared(v_desc, [head * D, block * N], v_full.index(slot), v_mem.index(slot))
+            fetch(v_desc, [head * D, block * N], v_full.index(slot), v_mem.index(slot))
             block = after
             count += 1
 
@@ -154,7 +158,7 @@ def _consume(
         mbarrier.wait(k_full.index(slot), (count // STAGES) & 1)
         score = warpgroup_mma(q, k_mem.index(slot).permute((1, 0)), no_score, use_acc=False, is_async=True)
         score = warpgroup_mma_wait(0, deps=(score,))
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(k_empty.index(slot))
         nothing = gl.full([M], -1000000, gl.int32, row_layout)
         one = v_now * inverse(v_now)
@@ -170,7 +174,7 @@ def _consume(
             far = ((q_far * far_next > FAR) | (unit < LOW)).to(gl.int32)
             after = _block(gl.minimum(place + 1, high - 1), tile, listed, key_blocks, SPARSE)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             slot = count % STAGES
             following = (count + 1) % STAGES
             mbarrier.wait(k_full.index(following), ((count + 1) // STAGES) & 1)
@@ -192,7 +196,7 @@ def _consume(
             shrink = gl.convert_layout(shrink * gl.where(v_here > v_now, v_now * inverse(v_here), 1.0), out_rows)
             v_now = v_here
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            gl.thread_barrier()
+            thread_barrier()
             mbarrier.arrive(k_empty.index(following))
             mbarrier.arrive(v_empty.index(slot))
             p_own.store(p)
@@ -207,11 +211,11 @@ def _consume(
         mbarrier.arrive(q_empty.index(place_q))
         slot = count % STAGES
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.wait(v_full.index(slot), (count // STAGES) & 1)
         acc = warpgroup_mma(p_own, v_mem.index(slot).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(v_empty.index(slot))
         count += 1
         acc = sum_own.load(out_layout).to(gl.float32) * since[:, None] + acc
