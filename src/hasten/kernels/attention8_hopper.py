@@ -95,9 +95,7 @@ def _fetch(
             phase = ((count // STAGES) & 1) ^ 1
             mbarrier.wait(k_empty.index(slot), phase)
             mbarrier.expect(k_full.index(slot), N * D)
-            fetch(
-                k_desc, [head * padded + block * N, 0], k_full.index(slot), k_mem.index(slot)
-            )
+            fetch(k_desc, [head * padded + block * N, 0], k_full.index(slot), k_mem.index(slot))
             mbarrier.wait(v_empty.index(slot), phase)
             mbarrier.expect(v_full.index(slot), N * D)
             fetch(v_desc, [head * D, block * N], v_full.index(slot), v_mem.index(slot))
