@@ -77,7 +77,7 @@ _attention8_sparse.register_fake(_like)
 def attend(eight: Eight, v: Tensor, dtype: torch.dtype) -> Tensor:
     """softmax(q k^T) v by the fastest kernel here, (B, N, H, D) of `dtype`; v as in `attend_plain`."""
     fp8, device = eight.v is not None, eight.q.device
-    if fp8 and eight.q.is_cuda and _hopper_works(device, eight.q.shape[2]):
+    if fp8 and eight.q.is_cuda and _hopper_works(device, eight.q.shape[2], dtype, eight.rows % BLOCK != 0):
         return attend_hopper(eight, dtype)
     return attend_plain(eight, v, dtype, tma=fp8 and _has_tma(device))
 
@@ -95,10 +95,10 @@ def attend_chosen(
     eight: Eight, v: Tensor, dtype: torch.dtype, *, chosen: Chosen, skip_below: Tensor | None = None
 ) -> Tensor:
     """The same over blocks of keys that were chosen before; skip_below (H,): see `attend_plain`."""
-    device = eight.q.device
-    if eight.v is not None and eight.q.is_cuda and skip_below is None and _hopper_works(device, eight.q.shape[2], True):
-        return attend_hopper(eight, dtype, chosen=chosen)
+    device, tail = eight.q.device, eight.rows % BLOCK != 0
     tma = eight.v is not None and skip_below is None and _has_tma(device)
+    if tma and _hopper_works(device, eight.q.shape[2], dtype, tail, sparse=True):
+        return attend_hopper(eight, dtype, chosen=chosen)
     return attend_plain(eight, v, dtype, chosen=chosen, skip_below=skip_below, tma=tma)
 
 
@@ -189,12 +189,12 @@ def _cuts(rest: int, programs: int, key_blocks: int) -> int:
 
 
 @functools.cache
-def _hopper_works(device: torch.device, dim: int, sparse: bool = False) -> bool:
-    """Whether the Gluon kernel compiles here and agrees with the plain one; asked once for a device and head size."""
+def _hopper_works(device: torch.device, dim: int, dtype: torch.dtype, tail: bool, sparse: bool = False) -> bool:
+    """Whether the Gluon kernel compiles here and agrees with the plain one; asked once for each of its compilations."""
     if torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    # Long enough for every part of it: a tail, tiles cut along the keys, and sums carried over to shared memory.
-    q, k, v = torch.randn(3, 1, 2, 4700, dim, device=device, dtype=torch.float16)
+    # Long enough for every part of it: tiles cut along the keys, and sums carried over to shared memory.
+    q, k, v = torch.randn(3, 1, 2, 4700 if tail else 4608, dim, device=device, dtype=dtype)
     eight = prepare(q, k, v, means=sparse)
     half = torch.full((2,), 0.5, device=device)
     chosen = choose(eight, keep=half, alike=None) if sparse else None
