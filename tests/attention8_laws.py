@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -83,6 +84,39 @@ def rows_and_values_may_be_of_any_size_from_block_to_block(device: str) -> None:
     for queries, values in ((q, v * size), (q * long, v), (q * long, v * size)):
         given = queries.to(q.dtype), k, values.to(v.dtype)
         assert error(attention8(*given), exactly(*given)) < near_enough(device, True)
+
+
+def one_key_may_outweigh_all_blocks_behind_it(device: str) -> None:
+    q, k, v = (noise(device, 1, 2, 900, 128, seed=i) for i in range(3))
+    along = noise(device, 128, seed=7)
+    q = q + along  # every query answers to the one key, which no mean of the keys has in it
+    for size in (2.0, 6.0, 10.0, 20.0):
+        keys = k.clone()
+        keys[:, :, 5] = along * size
+        assert error(attention8(q, keys, v), exactly(q, keys, v)) < near_enough(device, True), size
+
+
+def scores_that_are_not_lifted_weigh_something(device: str) -> None:
+    """The Hopper kernel's rule, by its constants and the prepared lengths; the same data as above and plain noise."""
+    hopper = pytest.importorskip("hasten.kernels.softmax_hopper")
+    q, k, v = (noise(device, 1, 2, 900, 128, seed=i) for i in range(3))
+    along = noise(device, 128, seed=7)
+    for size in (0.0, 2.0, 6.0, 10.0, 20.0):
+        keys = k.clone()
+        keys[:, :, 5] += along * size
+        eight = prepare(q + along * (size > 0.0), keys, v)
+        scores = torch.einsum("hnd,hmd->hnm", eight.q.float(), eight.k.float())
+        powers = scores * eight.q_scale.view(2, -1, 1)
+        powers *= eight.k_scale.view(2, -1).repeat_interleave(BLOCK, 1)[:, None]
+        largest = powers.unflatten(2, (-1, BLOCK)).amax(3).cummax(2).values  # (H, N, blocks), of all blocks so far
+        least = powers.unflatten(2, (-1, BLOCK)).amin(3)
+        assert eight.q_length is not None and eight.k_length is not None
+        queries, long = eight.q_length.view(2, -1, 1), eight.k_length.view(2, 1, -1)
+        lifted = queries * (long + long.cummax(2).values) > hopper.FAR.value
+        # Eighths above which bits are no negative number: the largest's weight, less what V's steps may take of it.
+        room = (hopper.TOP.value + hopper.LOW.value) / hopper.EIGHTH.value - 2
+        assert bool(((largest - least) * 8.0 < room)[~lifted].all()), size
+        assert size in (2.0, 6.0) or bool(lifted.any()) == (size > 0.0)
 
 
 def strides_are_read_in_place(device: str) -> None:
@@ -184,6 +218,13 @@ def chosen_blocks_are_sdpa_with_the_expanded_mask(device: str) -> None:
             q, k, v, keep=whole(device, keep), alike=whole(device, -1.0), topk=topk, text_rows=100
         )
         assert error(found, exactly(q, k, v, expanded)) < near_enough(device, True)
+
+
+def rows_that_are_no_numbers_attend_to_every_block(device: str) -> None:
+    q, k, v = clustered(device, 640)
+    q[:, :, 200] = float("nan")
+    blocks = choose(prepare(q, k, v, means=True, alike=False), keep=whole(device, 0.4), alike=None)
+    assert blocks.count.tolist() == [[2, 5, 2, 2, 2]] * 2
 
 
 def the_order_of_the_rows_changes_blocks_alone(device: str) -> None:

@@ -142,6 +142,7 @@ def _consume(
         v_now = gl.load(v_steps + block)
         # Steps are asked for one block ahead.
         k_next = gl.load(k_steps + after)
+        longest = gl.load(k_lengths + block)
         far_next = gl.load(k_lengths + after)
         v_next = gl.load(v_steps + after)
         acc = no_out
@@ -169,7 +170,9 @@ def _consume(
             v_here = gl.maximum(v_now, v_next)
             relative = v_next * inverse(v_here)
             unit = below(log2(relative) * 8388608.0)
-            far = ((q_far * far_next > FAR) | (unit < LOW)).to(gl.int32)
+            # The largest score so far may be an earlier block's, whose keys were longer.
+            longest = gl.maximum(longest, far_next)
+            far = gl.where((q_far * (longest + far_next) <= FAR) & (unit >= LOW), 0, 1)
             after = _block(gl.minimum(place + 1, high - 1), tile, listed, key_blocks, SPARSE)
             fence_async_shared()
             thread_barrier()

@@ -37,7 +37,8 @@ def choose(eight: Eight, *, keep: Tensor, alike: Tensor | None, topk: bool = Tru
     listed = torch.empty((both, blocks, blocks), dtype=torch.int32, device=keep.device)
     count = torch.empty((both, blocks), dtype=torch.int32, device=keep.device)
     means, width = eight.means, max(32, 1 << (blocks - 1).bit_length())
-    scores = torch.bmm(means.q, means.k.transpose(1, 2))
+    with torch.autocast(keep.device.type, enabled=False):
+        scores = torch.bmm(means.q, means.k.transpose(1, 2))
     likeness = (keep, keep, keep)
     if alike is not None:
         assert means.q_alike is not None and means.k_alike is not None

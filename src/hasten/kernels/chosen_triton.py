@@ -58,6 +58,7 @@ def choose(
     everything = block < always
     if ALIKE:
         everything |= tl.load(q_alike + mine) <= least
+    everything |= tl.sum((taken & inside).to(tl.int32), 0) == 0  # no score is a number: whoever attends waits for some
     taken = tl.where(everything, inside, taken & inside)
     number = taken.to(tl.int32)
     place = tl.cumsum(number, 0) - number

@@ -19,9 +19,10 @@ LATE = gl.constexpr(16)
 TOP = gl.constexpr((126 - LATE.value << 20) + (120 << 23))
 # So far below the largest, in eighths, a weight is nothing in e4m3 and 2^-16 in the sum.
 DEEP = gl.constexpr(200)
-# Rows no longer than that (their products in powers of two) and steps of V no further below the largest have no score
-# so far below another that its weight's bits turn negative: these are 134 powers of two below `now`.
-FAR = gl.constexpr(55.0)
+# A query's length times a key's, plus the same of the longest key so far, in powers of two: up to that, and for steps
+# of V no further below the largest, no score lies so far below another that its weight's bits turn negative, which are
+# 134 powers of two below `now`. What is left between is for rounding to 8 bits, a tenth at most, and for V's steps.
+FAR = gl.constexpr(110.0)
 LOW = gl.constexpr(-8 << 23)
 # No score of 128 channels is as large as this.
 NEVER = gl.constexpr(4194304.0)
