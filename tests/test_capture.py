@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_the_collector_stays_away_while_launches_are_taken_down() -> None:
             assert gc.isenabled() == before
         finally:
             gc.enable()
+
+
+def test_the_collector_comes_back_when_the_last_thread_is_done() -> None:
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def take_down() -> None:
+        with without_collector():
+            entered.set()
+            may_leave.wait()
+
+    other = threading.Thread(target=take_down)
+    assert gc.isenabled()
+    with without_collector():
+        other.start()
+        assert entered.wait(60)
+    seen = gc.isenabled()
+    may_leave.set()
+    other.join()
+    assert not seen and gc.isenabled()
 
 
 @pytest.mark.gpu

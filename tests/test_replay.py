@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten import replay
-from hasten.replay import Place, Replays
+from hasten.replay import LOOKS_EVERY, Place, Replays
 
 
 class Model:
@@ -192,7 +192,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_said_once() -> None:
 
 
 def test_without_room_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Replays, "_has_room", lambda self, place, block, device: False)
+    monkeypatch.setattr(Replays, "_has_room", lambda self, place, device: False)
     ours, stock, everyone, _ = pair()
     for seed in range(4):
         assert torch.equal(ours(*inputs(seed)), stock(*inputs(seed)))
@@ -205,17 +205,28 @@ def test_room_is_asked_for_until_it_is_there_and_its_want_said_once(monkeypatch:
     shares = iter([0.1, 0.1, 0.05, 0.5])
     monkeypatch.setattr(replay, "unused_share", lambda device: next(shares))
     one, other = (Place(lambda: Careless([])) for _ in range(2))
-    assert not ours._has_room(one, "first", device) and not ours._has_room(one, "second", device)
-    assert not ours._has_room(other, "first", device) and len(said) == 1
-    assert not ours._has_room(one, "first", device) and ours._has_room(one, "first", device)
-    assert ours._has_room(one, "second", device) and len(said) == 1  # recordings fill it up: it is not asked again
+    assert not any(ours._has_room(one, device) for _ in range(LOOKS_EVERY))
+    assert not ours._has_room(other, device) and len(said) == 1
+    assert not any(ours._has_room(one, device) for _ in range(LOOKS_EVERY))
+    assert ours._has_room(one, device) and len(said) == 1
+    assert ours._has_room(one, device) and next(shares, None) is None  # recordings fill it up: it is not asked again
 
 
 SWITCHES: dict[str, Any] = {
     "attention's kinds": lambda: sdpa_kernel([SDPBackend.MATH]),
     "tf32": lambda: tf32("high"),
     "determinism": lambda: deterministic(),
+    "sums in 16 bits": lambda: switched(torch.backends.cuda.matmul, "allow_fp16_accumulation"),
+    "cudnn": lambda: switched(torch.backends.cudnn, "enabled"),
 }
+
+
+@contextmanager
+def switched(where: Any, name: str) -> Iterator[None]:
+    before = getattr(where, name)
+    setattr(where, name, not before)
+    yield
+    setattr(where, name, before)
 
 
 @contextmanager

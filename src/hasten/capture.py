@@ -48,12 +48,16 @@ def _switches() -> tuple[Callable[[], Any], ...]:
     else:
         kinds += [functools.partial(precision, "cuda", what) for what in ("matmul", "conv")]
     order = getattr(c, "_get_sdp_priority_order", None)
+    # ComfyUI's --fast sets it; torch has it from 2.7 on.
+    sums = getattr(c, "_get_cublas_allow_fp16_accumulation", None)
     return (
         *kinds,
+        *([] if sums is None else [sums]),
         *([] if order is None else [lambda: tuple(order())]),
         c._get_cublas_allow_fp16_reduced_precision_reduction,
         c._get_cublas_allow_bf16_reduced_precision_reduction,
         c._get_deterministic_algorithms,
+        c._get_cudnn_enabled,
         c._get_cudnn_deterministic,
         c._get_cudnn_benchmark,
     )
@@ -63,15 +67,38 @@ def _switches() -> tuple[Callable[[], Any], ...]:
 def without_collector() -> Iterator[None]:
     """Python's cyclic collector stays away: it may free somebody's graph or tensor, and no pool may be unmapped then.
 
-    Collecting beforehand, as torch.cuda.graph does, takes longer than all of a block's launches.
+    Collecting beforehand, as torch.cuda.graph does, takes longer than all of a block's launches. Where several threads
+    take down at once, on a device each, it comes back when the last one is done.
     """
-    collects = gc.isenabled()
-    gc.disable()
+    _COLLECTOR.send_away()
     try:
         yield
     finally:
-        if collects:
-            gc.enable()
+        _COLLECTOR.let_back()
+
+
+class _Collector:
+    """The process's one cyclic collector, and how many threads want it away."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanting, self._collects = 0, False
+
+    def send_away(self) -> None:
+        with self._lock:
+            if not self._wanting:
+                self._collects = gc.isenabled()
+                gc.disable()
+            self._wanting += 1
+
+    def let_back(self) -> None:
+        with self._lock:
+            self._wanting -= 1
+            if not self._wanting and self._collects:
+                gc.enable()
+
+
+_COLLECTOR = _Collector()  # one, as Python's own is
 
 
 @contextmanager

@@ -31,6 +31,9 @@ SIZES = 3
 # Recordings keep their memory, and a decoder still wants some: below this share of the device's nothing is recorded.
 ROOM = 1 / 8
 
+# Where there was no room, one call in so many looks again: once or twice in a step of FLUX or Sana.
+LOOKS_EVERY = 32
+
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -93,7 +96,7 @@ class Place:
         self.met: dict[Hashable, Hashable] = {}
         self.recorded: dict[Hashable, Recorded] = {}
         self.has_room = False
-        self.asked_by: Hashable = None
+        self.until_look = 0
         self.lends = lends
         # What was lent and, when last looked at, not given back, by its storage; with how many have that at rest.
         self._lent: dict[int, tuple[Tensor, int]] = {}
@@ -249,7 +252,7 @@ class Replays:
         if place.met.get(block) != marks:
             place.met[block] = marks
             return None
-        if not self._has_room(place, block, given[0].device):
+        if not self._has_room(place, given[0].device):
             return None
         return self._recorded(place, block, marks, given, call, {} if counts is None else counts)
 
@@ -301,14 +304,15 @@ class Replays:
         self._places[size] = place  # the latest at the end
         return place
 
-    def _has_room(self, place: Place, block: Hashable, device: torch.device) -> bool:
+    def _has_room(self, place: Place, device: torch.device) -> bool:
         """Whether enough of the device's memory is unused.
 
-        Until it is, one block of each size asks again at each of its calls: a text encoder may have gone since.
+        Until it is, each size looks again after some calls, of whichever blocks: a text encoder may have gone since.
         """
-        if place.has_room or place.asked_by not in (None, block):
+        place.until_look -= 1
+        if place.has_room or place.until_look > 0:
             return place.has_room
-        place.asked_by = block
+        place.until_look = LOOKS_EVERY
         place.has_room = device.type != "cuda" or unused_share(device) >= ROOM
         if not place.has_room and not self._said_full:
             self._said_full = True

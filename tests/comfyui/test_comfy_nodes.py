@@ -251,6 +251,31 @@ def test_tuned_files_of_other_models_are_refused_in_a_sentence(
     assert torch.equal(rig.sample(unchanged), stock) and torch.equal(rig.sample(model), stock)
 
 
+def test_with_another_packs_patch_between_two_nodes_the_later_one_counts(rig: Any, model: Any, sparse: None) -> None:
+    names, heads = comfy_sparge.block_names(model.model.diffusion_model), model.model.diffusion_model.params.num_heads
+
+    def between(put: Any) -> Any:
+        """Another pack's patch, chained onto what is there."""
+        clone = put.clone()
+        dit = clone.model_options["transformer_options"].get("patches_replace", {}).get("dit", {})
+        for name in names:
+            kind, _, index = name.partition("_blocks.")
+            before = dit.get((f"{kind}_block", int(index)))
+
+            def patch(args: dict[str, Any], extra: dict[str, Any], before: Any = before) -> Any:
+                return extra["original_block"](args) if before is None else before(args, extra)
+
+            clone.set_model_patch_replace(patch, "dit", f"{kind}_block", int(index))
+        return clone
+
+    first = comfy_sparge.put_sparge(model, names, settings=tuned(names, heads))
+    later = comfy_sparge.put_sparge(between(first), names)
+    alone = comfy_sparge.put_sparge(between(model), names)
+    drawn = rig.sample(later)
+    assert torch.equal(drawn, rig.sample(alone))
+    assert not torch.equal(drawn, rig.sample(first)) and not torch.equal(drawn, rig.sample(model))
+
+
 def test_sparse_blocks_are_compiled_once_for_each_kind(rig: Any, sparse: None) -> None:
     made: list[int] = []
 

@@ -124,7 +124,8 @@ def _naming(attention: Attention, text_rows: list[int], before: Any) -> Callable
         if "txt" in args:
             text_rows[0] = args["txt"].shape[1]
         attention.text_rows = text_rows[0]
-        to = {**(args.get("transformer_options") or {}), BLOCK: attention.number}
+        # A node that was applied later stands further out, and its word counts: another pack's patch may be between.
+        to = {BLOCK: attention.number, **(args.get("transformer_options") or {})}
         own = {**args, "transformer_options": to}
         return extra["original_block"](own) if before is None else before(own, extra)
 

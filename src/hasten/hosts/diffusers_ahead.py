@@ -26,7 +26,10 @@ KEPT = 2
 
 
 class Inputs(NamedTuple):
-    """Some tensors as they were: which ones, and how often they had been written."""
+    """Some tensors as they were: which ones, and how often they had been written.
+
+    A write that torch does not count, through `.numpy()` or `.data`, is not seen: hand over another tensor then.
+    """
 
     tensors: tuple[weakref.ref[Tensor], ...]
     versions: tuple[int, ...]
@@ -163,7 +166,9 @@ def _hooked(module: nn.Module, device: torch.device) -> bool:
 
 def _heard(module: nn.Module) -> bool:
     own = module.__dict__
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own:
+    if "forward" in own or "_hf_hook" in own or "_diffusers_hook" in own:
+        return True
+    if own["_forward_pre_hooks"] or own["_forward_hooks"]:
         return True
     return any(child is not None and _heard(child) for child in own["_modules"].values())
 
