@@ -223,6 +223,8 @@ SWITCHES: dict[str, Any] = {
 
 @contextmanager
 def switched(where: Any, name: str) -> Iterator[None]:
+    if not hasattr(where, name):
+        pytest.skip("this torch has no such switch")
     before = getattr(where, name)
     setattr(where, name, not before)
     yield

@@ -112,6 +112,91 @@ def test_another_attention_is_another_recording_and_its_calls_are_counted(everyo
     assert len(everyone) >= 4
 
 
+def otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `int8` for the CPU, whose results are a little smaller than they should be."""
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(q, k, v) * 0.99
+
+    monkeypatch.setitem(BACKENDS, "int8", Backend("int8", "of the test", 0.03, lambda ask: None, attend))
+
+
+@pytest.mark.parametrize("name", ["fused", "compiled"])
+@pytest.mark.parametrize("exact", [(), (0,), (1, 2), (3,)], ids=str)
+def test_exact_blocks_beside_exact_steps_leave_results_lent(
+    everyone: list[Careless], name: str, exact: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    otherwise(monkeypatch)
+    settings = {"backend": "int8", "exact_first": 1, "exact_last": 1, "exact_blocks": exact}
+    pipe, stock = small(), small()
+    stack = hasten.prepare(pipe, recipe() | STACKS[name])
+    hasten.prepare(stock, recipe() | launched(STACKS[name]))
+
+    def lent(**how: Any) -> list[bool]:
+        drawn = []
+        for each in (pipe, stock):
+            with hasten.accelerate(each, recipe() | ({"attention": {**settings, **how}} if how else {})) as run:
+                drawn.append(paint(each, steps=6))
+            assert run.report is not None
+            drawn.append(run.report.notes)
+        assert torch.equal(drawn[0], drawn[2]) and drawn[1] == drawn[3]
+        assert stack.replays is not None
+        return [place.lends for place in stack.replays._places.values()]
+
+    for _ in range(4):
+        assert lent(error=0.06) == [True]
+    # Two ends; each block once for exact steps and once for the others, whichever attention is its own.
+    assert len(everyone) == 2 + 2 * 4 and all(recording.replays for recording in everyone)
+    for _ in range(2):  # and once for runs that have no attention of their own
+        assert lent() == lent(error=0.06) == [True]
+    assert len(everyone) == 2 + 3 * 4
+    assert not any("hasten" in key for block in blocks_of(pipe.transformer) for key in block.__dict__)
+
+
+def test_blocks_that_were_not_tuned_leave_results_lent(
+    everyone: list[Careless], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def attend(keep: float, text_rows: int, heads: Any = None, **others: Any) -> Any:
+        return lambda q, k, v: scaled_dot_product_attention(q, k, v) * 0.9
+
+    monkeypatch.setitem(BACKENDS, "sparse", Backend("sparse", "the test's", SPARSE, lambda ask: None, attend(0.5, 0)))
+    monkeypatch.setattr(attention, "sparse", attend)
+    pipe, stock = small(), small()
+    heads = pipe.transformer.config.num_attention_heads
+    names = block_names(blocks_of(pipe.transformer))[1:]
+    tuned = {name: Heads(*(torch.full((heads,), n) for n in (True, 0.5, 0.0, 20.0))) for name in names}
+    save_settings(tuned, tmp_path / "tuned.safetensors")
+    settings = {"backend": "sparse", "exact_last": 2, "tuned": str(tmp_path / "tuned.safetensors")}
+    wanted, _ = hastened(stock, recipe() | launched(STACKS["fused"]) | {"attention": settings}, steps=6)
+    stack = hasten.prepare(pipe, recipe() | STACKS["fused"])
+    for _ in range(3):
+        found, _ = hastened(pipe, recipe() | {"attention": settings}, steps=6)
+        assert torch.equal(found, wanted)
+    assert stack.replays is not None and [place.lends for place in stack.replays._places.values()] == [True]
+    assert len(everyone) == 2 + 2 * 4
+
+
+def test_a_sanas_exact_blocks_beside_exact_steps_leave_results_lent(
+    everyone: list[Careless], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_sana import paint as paint_sana
+    from tiny_sana import sana
+
+    otherwise(monkeypatch)
+    settings = {"backend": "int8", "exact_first": 1, "exact_blocks": [1]}
+    pipe, stock = sana(), sana()
+    stack = hasten.prepare(pipe, {"schema": 1, **STACKS["fused"]})
+    hasten.prepare(stock, {"schema": 1, **launched(STACKS["fused"])})
+    drawn = []
+    for each in (pipe, stock):
+        for _ in range(3):
+            with hasten.accelerate(each, recipe() | {"attention": settings}):
+                drawn.append(paint_sana(each, steps=4))
+    assert all(torch.equal(found, drawn[3]) for found in drawn)
+    assert stack.replays is not None and all(place.lends for place in stack.replays._places.values())
+    assert len(everyone) == 2 * len(pipe.transformer.transformer_blocks)
+
+
 @pytest.mark.parametrize("given", [{}, {"tuned": "tuned.safetensors"}], ids=["keep", "tuned"])
 def test_another_with_of_the_same_recipe_replays_what_the_first_recorded(
     everyone: list[Careless], given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -98,16 +98,19 @@ class Attention:
         It chooses as the call would, and says why something gave way, though the call itself may never be made. It
         holds what is read besides: settings of each head, the order of rows.
         """
-        kept: tuple[Hashable, ...] | None = None
-        names: tuple[str, ...] = ("sdpa",)
-        if self.kept is not None:
-            kept = tuple(n if isinstance(n, int) else Itself(n) for n in self.kept)
-            lengths = sorted({n if isinstance(n, int) else len(n) for n in self.kept})
-            names = names if self.exact else tuple(self.choose(replace(ask, keys=keys)).name for keys in lengths)
-        elif not self.exact:  # a FLUX's block at every step: no copies of what was asked
-            names = (self.choose(ask).name,)
+        names = self.names(ask)
+        kept = None if self.kept is None else tuple(n if isinstance(n, int) else Itself(n) for n in self.kept)
         order = compact(ask.rows, self.text_rows, self.grid, ask.device) if "sparse" in names else None
         return names, self.keep, self.text_rows, self.grid, Itself(order), self.heads, kept
+
+    def names(self, ask: Ask) -> tuple[str, ...]:
+        """The back-ends that such calls go to at this step, one for each length that the kept keys have."""
+        if self.exact:
+            return ("sdpa",)
+        if self.kept is None:  # a FLUX's block at every step: no copies of what was asked
+            return (self.choose(ask).name,)
+        lengths = sorted({n if isinstance(n, int) else len(n) for n in self.kept})
+        return tuple(self.choose(replace(ask, keys=keys)).name for keys in lengths)
 
     @property
     def line(self) -> str:

@@ -23,6 +23,9 @@ from hasten.marks import Numbers
 from hasten.report import Report
 from hasten.sparse import load_settings
 
+# Where every block, those too that keep their own attention, has the attention of the run that it is part of.
+OF_RUN = "hasten_attention_of_run"
+
 
 class HungAttention:
     """A recipe's attention in one transformer's blocks, in the order of `blocks`. apart: one for each block.
@@ -60,6 +63,8 @@ class HungAttention:
         self._undo: list[Callable[[], None]] = []
         others: set[str] = set()
         for index, block in enumerate(blocks):
+            block.__dict__[OF_RUN] = self.attention
+            self._undo.append(functools.partial(block.__dict__.pop, OF_RUN, None))
             # Sana's self-attention is linear: only the one to the words has a softmax.
             attn: Any = getattr(block, "attn2" if type(block).__name__ == "SanaTransformerBlock" else "attn", None)
             processor: Any = getattr(attn, "processor", None)
@@ -81,7 +86,7 @@ class HungAttention:
         if self.wanted.backend == "sparse" and places is not self._places:
             self._places, self._grid = places, _grid(places)
         last = interval >= intervals - self.wanted.exact_last
-        for attention in {id(a): a for a in self.attentions}.values():
+        for attention in {id(a): a for a in (self.attention, *self.attentions)}.values():
             attention.exact = attention.always_exact or last or interval < self.wanted.exact_first
             attention.text_rows, attention.grid = text_rows, self._grid
 
@@ -91,7 +96,7 @@ class HungAttention:
         now = None if mask is None or mask.is_inference() else (mask, mask._version)
         if now is None or self._mask is None or self._mask[0] is not mask or self._mask[1] != now[1]:
             self._mask, self._kept = now, kept_keys(mask)
-        for attention in self.attentions:
+        for attention in (self.attention, *self.attentions):
             attention.kept = self._kept
 
     def tell(self, report: Report) -> None:
@@ -108,7 +113,7 @@ class HungAttention:
         self.attention.used.clear()
 
     def remove(self) -> None:
-        """Gives every block its processor back."""
+        """Gives every block its processor back, and leaves nothing on it."""
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()

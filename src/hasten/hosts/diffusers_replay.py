@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hasten.attention import Attention
 from hasten.attention_backends import Ask
 from hasten.hosts import diffusers_sana_block
+from hasten.hosts.diffusers_attention import OF_RUN
 from hasten.hosts.diffusers_blocks import backend_of, layers_at_a_look, still_plain
 from hasten.hosts.diffusers_hooks import hooked, parts_of
 from hasten.replay import Replays
@@ -42,22 +44,31 @@ def replayed(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Ca
         if not replays.works or not still_plain(block, joint_attention_kwargs, layers):
             return called(*given)
         attention = getattr(block.attn.processor, "hasten_attention", None)  # type: ignore[union-attr]
-        attended = _attended(block, hidden_states, encoder_hidden_states)
-        # Steps that stay exact have recordings beside the others', not in their place.
-        which, marks = (block, attended[0]), (attended, *_lie(block, layers))
+        rows = hidden_states.shape[1] + encoder_hidden_states.shape[1]
+        step, state = _attended(block, attention, block.attn, hidden_states, rows, rows)
+        attended = (backend_of(block.attn),) if attention is None else state
+        which, marks = (block, attended[0], step), (attended, *_lie(block, layers))
         return replays.run(which, marks, given, called, None if attention is None else attention.used)
 
     return run
 
 
-def _attended(block: Any, image: Tensor, text: Tensor) -> tuple[Hashable, ...]:
-    """Which attention such streams get: its name, and for a recipe's whatever else decides its launches."""
-    attn, rows = block.attn, image.shape[1] + text.shape[1]
-    ours = getattr(attn.processor, "hasten_attention", None)
-    if ours is None:
-        return (backend_of(attn),)
-    state: tuple[Hashable, ...] = ours.state(_ask(attn, image, rows, rows))
-    return state
+def _attended(
+    block: nn.Module, attention: Attention | None, attn: Any, tokens: Tensor, rows: int, keys: int
+) -> tuple[Hashable, tuple[Hashable, ...]]:
+    """Which kind of step the run is at, by the attention that its blocks take; and what this block's stands on.
+
+    Each kind has recordings of its own, beside the others' and not in their place, of the blocks too that attend alike
+    at all of them: results stay lent as long as each lies where the next block's recording reads.
+    """
+    run: Attention | None = block.__dict__.get(OF_RUN)
+    if run is None and attention is None:
+        return None, ()
+    ask = Ask(tokens.device, tokens.dtype, attn.heads, attn.inner_dim // attn.heads, rows, keys)
+    state = () if attention is None else attention.state(ask)
+    if run is None or run is attention:
+        return state[0], state
+    return run.names(ask), state
 
 
 def _lie(block: Any, layers: Sequence[nn.Module]) -> list[int]:
@@ -72,10 +83,6 @@ def _addresses(parts: Sequence[nn.Module]) -> list[int]:
     found = [part.__dict__ for part in parts]
     lie = (tensor for own in found for kind in ("_parameters", "_buffers") for tensor in own[kind].values())
     return [tensor.data_ptr() for tensor in lie if tensor is not None]
-
-
-def _ask(attn: Any, tokens: Tensor, rows: int, keys: int) -> Ask:
-    return Ask(tokens.device, tokens.dtype, attn.heads, attn.inner_dim // attn.heads, rows, keys)
 
 
 def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) -> Callable[..., Any]:
@@ -103,14 +110,13 @@ def replayed_sana(block: nn.Module, call: Callable[..., Any], replays: Replays) 
             return (call(*values[:positional], **dict(zip(names, values[positional:], strict=True))),)
 
         attention = getattr(block.attn2.processor, "hasten_attention", None)  # type: ignore[union-attr]
-        attended: tuple[Hashable, ...] = (None,)
-        if attention is not None:
-            image = tensors[0]
-            words = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-            attended = attention.state(_ask(block.attn2, image, image.shape[1], words.shape[1]))
-        marks = attended, *parts, *_addresses(parts)
+        image, words = tensors[0], kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        keys = (image if words is None else words).shape[1]
+        step, state = _attended(block, attention, block.attn2, image, image.shape[1], keys)
+        marks = state, *parts, *_addresses(parts)
         used = None if attention is None else attention.used
-        return replays.run((block, attended[0], positional, names, rest), marks, tensors, called, used)[0]
+        which = block, state[:1], step, positional, names, rest
+        return replays.run(which, marks, tensors, called, used)[0]
 
     return run
 
