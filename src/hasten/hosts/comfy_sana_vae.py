@@ -43,10 +43,8 @@ class Autoencoder(nn.Module):
         try:
             return whole(x)
         except torch.OutOfMemoryError:
-            fits = False
-        # Outside of the except: the exception holds the tensors that did not fit.
-        if not fits:
-            management.soft_empty_cache()
+            pass  # it holds the tensors that did not fit: they are let go of behind it
+        management.soft_empty_cache()
         out: Tensor = tiled(x, return_dict=False)[0]
         return out
 
