@@ -50,6 +50,8 @@ def test_the_hopper_kernel_compiles(rows: int, dim: int, monkeypatch: pytest.Mon
     blocks = chosen.choose(prepared, keep=torch.ones(24), alike=None)
     attention8.attend_hopper(dense, q.dtype)
     attention8.attend_hopper(prepared, q.dtype, chosen=blocks)
+    assert len(first.launched) == len(prepare.launched) == len(attend.launched) == 2
+    assert choose.launched and join.launched
     assert all(first.compiled()) and all(prepare.compiled()) and all(choose.compiled()) and all(join.compiled())
     for program in attend.compiled(gluon=True):
         assert program.metadata.shared <= 227 * 1024

@@ -137,7 +137,7 @@ def prepare(
     # Measured on an H200: 8 warps have room for what a rotation holds, and two blocks are at work at once, three where
     # 80 registers will do; 4 are faster where sums over the rows of a block go through all warps.
     warps = 4 if means else 8
-    few = {"maxnreg": 80} if rope is None and norm is None and not means else {}
+    few = {"maxnreg": 80} if rope is None and norm is None and not means and torch.version.hip is None else {}
     kernels.prepare[(heads, batch * (3 if fp8 else 2), blocks)](
         q, k, v, *texts, *gains, turns.view(torch.float16), q_scale if order is None else order, mean, v_mean, q8,
         q_scale, k8, k_scale, q8 if v8 is None else v8, v_scale, q_length, k_length, *of_blocks,
