@@ -22,7 +22,7 @@ class Careless:
         self.replays = 0
 
     def record(self, call: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> list[Tensor]:
-        """See hasten.replay.Recording."""
+        """See hasten.recording.Recording."""
         call(*inputs)
         self.call, self.inputs = call, list(inputs)
         self.results = [torch.full_like(t, float("nan")) for t in call(*inputs)]
@@ -34,11 +34,11 @@ class Careless:
         return self.results
 
     def release(self) -> None:
-        """See hasten.replay.Recording."""
+        """See hasten.recording.Recording."""
         self.released = True
 
     def replay(self) -> None:
-        """See hasten.replay.Recording."""
+        """See hasten.recording.Recording."""
         self.replays += 1
         for tensor in self.mine:
             tensor.fill_(float("nan"))

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hasten import replay
-from hasten.replay import LOOKS_EVERY, Place, Replays
+from hasten.place import Place
+from hasten.replay import LOOKS_EVERY, Replays
 
 
 class Model:

@@ -29,7 +29,7 @@ PAPER = ("recipe", "cache_section", "sections", "values", "anatomy", "moment", "
 TENSORS = ("signal", "tokens", "attention", "attention_backends", "attention_keys", "attention_streams", "marks")
 INSIDE = ("kept", "inside", "taps", "parts", "walk", "in_part", "token_gate")  # caches that reach inside blocks
 MEMORY = ("lane", "seam", "call", "session", "gate", "report", *INSIDE)
-TRANSFORMS = ("quantize", "compile", "replay", "blocks", "sparse")
+TRANSFORMS = ("quantize", "compile", "replay", "place", "recording", "blocks", "sparse")
 ENGINE = (*DATA, *PAPER, "kernels", "capture", *TENSORS, *MEMORY, *TRANSFORMS)
 REACH_HOSTS_BY_PROTOCOL = ("bench", "tune", "compare", "doctor")
 HOSTS = ("hosts.diffusers", "hosts.comfy", "hosts.sana")
@@ -58,7 +58,7 @@ ROOMS = (
     ),
     Room(("capture", "marks"), packages=("torch",)),
     Room(("quantize", "compile"), hasten=("recipe", "kernels"), packages=("torch", "torchao")),
-    Room(("replay",), hasten=("capture",), packages=("torch",)),
+    Room(("replay", "place", "recording"), hasten=("capture", "place", "recording"), packages=("torch",)),
     Room(("blocks",), hasten=("kernels", "quantize"), packages=("torch",)),
     Room(("sparse",), hasten=(*PAPER, "kernels", *TENSORS), packages=("torch", "safetensors")),
     # The package of hosts itself names them for those who reach a host through the protocol.
