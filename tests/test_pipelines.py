@@ -279,7 +279,7 @@ def test_the_modulated_input_behind_an_offload_hook_is_not_peeked_at() -> None:
 
 
 def test_a_long_lived_pipeline_keeps_its_latest_reports_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hasten.hosts.diffusers import REPORTS
+    from hasten.hosts.diffusers_handle import REPORTS
 
     handle = hasten.apply(transformer(double=1, single=1), recipe())
     inputs = model_inputs()
